@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/migrate/preflight.h"
+
+#include <gmock/gmock.h>
+
+#include <functional>
+
+namespace vmferry {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+
+PreflightFacts good_facts() {
+  PreflightFacts facts;
+  facts.peer_connected = true;
+  facts.peer_name = "b";
+  facts.volumes = {{.name = "root",
+                    .size_here = 1 << 30,
+                    .size_there = 1 << 30,
+                    .primary_here = true,
+                    .secondary_there = true,
+                    .foreign_data_there = false}};
+  QemuPreflight qemu;
+  qemu.reachable = true;
+  qemu.version = "10.0.2";
+  qemu.major = 10;
+  qemu.machine = "pc-q35-10.0";
+  qemu.cpu = "qemu64";
+  qemu.ram_bytes = 512 << 20;
+  qemu.blocks = {{.device = "/machine/disk0",
+                  .volume = "root",
+                  .writable = true,
+                  .inserted = true,
+                  .medium = "nbd",
+                  .nbd_without_reconnect = false},
+                 {.device = "/machine/cd",
+                  .volume = "",
+                  .writable = false,
+                  .inserted = true,
+                  .medium = "seed.iso",
+                  .nbd_without_reconnect = false}};
+  facts.source = qemu;
+  facts.source.running_or_paused = true;
+  facts.destination = qemu;
+  facts.destination.fresh = true;
+  facts.staging_free_there = 1 << 30;
+  facts.staging_needed = 1 << 20;
+  facts.rtt = 40 * kMillisecond;
+  facts.link_rate = 12'500'000;
+  facts.fsync_here = 2 * kMillisecond;
+  facts.fsync_there = 3 * kMillisecond;
+  facts.disk_dirty_rate = 1'000'000;
+  facts.memory_dirty_rate = 2'000'000;
+  facts.downtime_limit = 300 * kMillisecond;
+  return facts;
+}
+
+TEST(Preflight, GoodFactsHaveNoProblemAndNoWarning) {
+  const PreflightReport report = preflight(good_facts());
+  EXPECT_THAT(report.problems, IsEmpty());
+  EXPECT_THAT(report.warnings, IsEmpty());
+}
+
+struct Row {
+  const char* name;
+  std::function<void(PreflightFacts&)> change;
+  const char* expected;
+};
+
+// Whatever is not refused here stops the guest first and fails afterwards.
+TEST(Preflight, EachObstacleIsOneProblemThatNamesIt) {
+  const Row rows[] = {
+      {"not owner", [](PreflightFacts& f) { f.not_owner_reason = "the peer owns it"; }, "the peer owns it"},
+      {"no right", [](PreflightFacts& f) { f.peer_grants_migrate = false; }, "migrate-in"},
+      {"peer busy", [](PreflightFacts& f) { f.peer_not_ready_reason = "busy"; }, "busy"},
+      {"missing volume", [](PreflightFacts& f) { f.volumes[0].size_there.reset(); }, "volume add name=root"},
+      {"size", [](PreflightFacts& f) { f.volumes[0].size_there = 5; }, "5 at peer 'b'"},
+      {"role here", [](PreflightFacts& f) { f.volumes[0].primary_here = false; }, "not primary here"},
+      {"role there", [](PreflightFacts& f) { f.volumes[0].secondary_there = false; }, "not secondary"},
+      {"foreign data", [](PreflightFacts& f) { f.volumes[0].foreign_data_there = true; }, "--overwrite-peer"},
+      {"source gone", [](PreflightFacts& f) { f.source.reachable = false; }, "does not answer"},
+      {"source stopped", [](PreflightFacts& f) { f.source.running_or_paused = false; }, "neither running"},
+      {"blocked", [](PreflightFacts& f) { f.source.blocked_reasons = {"9p"}; }, "9p"},
+      {"destination gone", [](PreflightFacts& f) { f.destination.reachable = false; }, "does not answer"},
+      {"destination used", [](PreflightFacts& f) { f.destination.fresh = false; }, "-incoming defer"},
+      {"machine", [](PreflightFacts& f) { f.destination.machine = "pc-i440fx"; }, "machine type"},
+      {"cpu", [](PreflightFacts& f) { f.destination.cpu = "max"; }, "CPU model"},
+      {"memory", [](PreflightFacts& f) { f.destination.ram_bytes = 1; }, "memory is"},
+      {"medium", [](PreflightFacts& f) { f.destination.blocks.pop_back(); }, "seed.iso"},
+      {"foreign disk", [](PreflightFacts& f) { f.source.blocks[0].volume = ""; }, "would stay behind"},
+      {"unnamed volume", [](PreflightFacts& f) { f.source.blocks[0].volume = "data"; }, "name all volumes"},
+      {"device missing", [](PreflightFacts& f) { f.destination.blocks.erase(f.destination.blocks.begin()); },
+       "missing"},
+      {"crossed devices", [](PreflightFacts& f) { f.destination.blocks[0].volume = "other"; }, "and on 'other'"},
+      {"extra device",
+       [](PreflightFacts& f) {
+         f.destination.blocks.push_back({.device = "/machine/x",
+                                         .volume = "x",
+                                         .writable = true,
+                                         .inserted = true,
+                                         .medium = "",
+                                         .nbd_without_reconnect = false});
+       },
+       "exists only"},
+      {"space", [](PreflightFacts& f) { f.staging_free_there = 0; }, "staged epoch"},
+      {"pause", [](PreflightFacts& f) { f.rtt = 400 * kMillisecond; }, "the limit is 300 ms"},
+      {"never ends", [](PreflightFacts& f) { f.memory_dirty_rate = 20'000'000; }, "never ends"},
+      {"cap", [](PreflightFacts& f) { f.bandwidth_cap = 2'000'000; }, "never ends"},
+  };
+  for (const Row& row : rows) {
+    PreflightFacts facts = good_facts();
+    row.change(facts);
+    EXPECT_THAT(preflight(facts).problems, ElementsAre(HasSubstr(row.expected))) << row.name;
+  }
+}
+
+TEST(Preflight, OverwritePeerIsTheOperatorsWord) {
+  PreflightFacts facts = good_facts();
+  facts.volumes[0].foreign_data_there = true;
+  facts.overwrite_peer = true;
+  EXPECT_TRUE(preflight(facts).ok());
+}
+
+TEST(Preflight, DisconnectedPeerIsTheOnlyThingSaid) {
+  PreflightFacts facts = good_facts();
+  facts.peer_connected = false;
+  facts.destination = {};
+  EXPECT_THAT(preflight(facts).problems, ElementsAre(HasSubstr("not connected")));
+}
+
+TEST(Preflight, WarningsDoNotRefuse) {
+  PreflightFacts facts = good_facts();
+  facts.source.blocks[0].nbd_without_reconnect = true;
+  facts.destination.major = 9;
+  facts.destination.version = "9.2";
+  EXPECT_TRUE(preflight(facts).ok());
+  EXPECT_EQ(preflight(facts).warnings.size(), 2U);
+}
+
+TEST(Preflight, OldQemuWithoutKvmIsWarnedOf) {
+  PreflightFacts facts = good_facts();
+  facts.source.major = facts.destination.major = 7;
+  facts.source.version = "7.2";
+  EXPECT_THAT(preflight(facts).warnings, IsEmpty());
+  facts.source.kvm = false;
+  EXPECT_THAT(preflight(facts).warnings, ElementsAre(HasSubstr("dirty pages")));
+}
+
+TEST(Preflight, SmallestPauseCountsTripsRecordsTailAndLoading) {
+  PreflightFacts facts = good_facts();
+  EXPECT_NEAR(static_cast<double>(smallest_pause(facts)) / 1e6, 40 + 2 * 2 + 4 * 3 + 1.44 + 50, 0.1);
+  facts.link_rate = 0;
+  facts.bandwidth_cap = 0;
+  EXPECT_NEAR(static_cast<double>(smallest_pause(facts)) / 1e6, 40 + 2 * 2 + 4 * 3 + 50, 0.1);
+}
+
+}  // namespace
+}  // namespace vmferry
