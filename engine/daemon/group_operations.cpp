@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What an operator asks of a group.
+#include "engine/base/log.h"
+#include "engine/daemon/group.h"
+#include "engine/runtime/steps.h"
+
+namespace vmferry {
+
+void Group::start_replication(ReplicationConfig config, Done done) {
+  if (record_.peer.empty()) {
+    return parts_.executor.post(
+        [done = std::move(done)] { done(fail(ErrorKind::InvalidArgument, "the group has no peer")); });
+  }
+  if (!open_) {
+    return parts_.executor.post(
+        [done = std::move(done)] { done(fail(ErrorKind::Unavailable, "the daemon is shutting down")); });
+  }
+  config.active = true;
+  change_replication(config);
+  devices_.set_tracking_wanted(true);
+  accept_waiters_.push_back(std::move(done));
+  accept_timer_.start(options_.accept_timeout, [this] {
+    finish_accept(fail(ErrorKind::Timeout, "peer '{}' {} within {}", record_.peer,
+                       channel_.connected() ? "did not accept the volumes" : "was not reachable",
+                       format_duration(options_.accept_timeout)));
+  });
+  if (sender_ == nullptr) return start_sender();
+  sender_->set_overwrite_peer(config.overwrite_peer);
+  if (refusal_ && channel_.connected()) {
+    // Asked again, perhaps with --overwrite-peer: say hello again, so that both sides judge anew.
+    send_hello();
+  }
+  if (sender_started_) feed_hello();
+}
+
+void Group::change_replication(const ReplicationConfig& config) {
+  record_.replication = config;
+  if (sender_ != nullptr) {
+    sender_->set_interval(std::max<Nanoseconds>(config.rpo / 2, 100 * kMillisecond));
+    if (config.paused)
+      sender_->pause();
+    else
+      sender_->resume();
+  }
+  if (events_.config_changed) events_.config_changed(record_);
+}
+
+Status Group::may_stop_replication() const {
+  const std::string& name = record_.members.front();
+  if (coordinator_->migrating()) {
+    return fail(ErrorKind::Busy, "a migration is under way; see: vmferry migrate cancel");
+  }
+  // Without the peer nobody would remember whose writes count.
+  if (ownership().split_brain) {
+    return fail(ErrorKind::Fenced,
+                "split brain: decide first which side's writes count, with `vmferry resolve {0} --discard-local` or "
+                "`vmferry resolve {0} --discard-peer`; then stop",
+                name);
+  }
+  switch (ownership().state) {
+    case HandoverState::Own:
+    case HandoverState::Running:
+    case HandoverState::Started:
+    case HandoverState::Secondary:
+    case HandoverState::Aborted:
+      return {};
+    default:
+      return fail(ErrorKind::Fenced, "volume '{}' cannot be without its peer now: {}", name, explain(ownership()));
+  }
+}
+
+void Group::say_stopped() {
+  finish_accept(fail(ErrorKind::Unavailable, "replication was stopped"));
+  if (!channel_.connected()) return;
+  const GroupReject stopped{.kind = ErrorKind::Unavailable, .reason = "replication was stopped there"};
+  channel_.send(TrafficClass::Control, MessageType::GroupReject, encode(stopped));
+}
+
+void Group::finish_accept(const Status& status) {
+  accept_timer_.cancel();
+  const auto waiters = std::move(accept_waiters_);
+  accept_waiters_.clear();
+  for (const Done& waiter : waiters) waiter(status);
+}
+
+std::string Group::no_contact() const {
+  return channel_.connected() ? fmt::format("peer '{}' has not said yet what it holds", record_.peer)
+                              : fmt::format("no connection to peer '{}'; see: vmferry peer list", record_.peer);
+}
+
+Json Group::replication_status() const {
+  Json volumes = Json::array();
+  for (const ReplicaVolume& volume : volumes_) {
+    Json entry{{"name", volume.name}, {"peer", record_.peer}, {"mode", record_.replication.mode}};
+    if (ownership().split_brain) {
+      entry["state"] = "split-brain";
+      entry["reason"] = explain(ownership());
+    } else if (sender_ != nullptr) {
+      const SenderStatus status = sender_->status();
+      // The group moves as one: figures are the group's.
+      entry["state"] = std::string(to_string(status.state));
+      entry["epoch"] = status.epoch;
+      entry["rpo_s"] = status.rpo_s;
+      entry["remaining_bytes"] = status.remaining_bytes;
+      entry["wire_bytes"] = status.wire_bytes;
+      entry["raw_bytes"] = status.raw_bytes;
+      entry["literal_bytes"] = status.literal_bytes;
+      entry["reference_bytes"] = status.reference_bytes;
+      entry["send_rate"] = status.wire_rate;
+      entry["dirty_rate"] = status.dirty_rate;
+      entry["estimate_s"] = status.estimate_s;
+      entry["epochs"] = status.epochs_acknowledged;
+      entry["reason"] = refusal_ ? refusal_->text : status.reason;
+      const bool apart =
+          status.state == ReplicationState::Disconnected || status.state == ReplicationState::Inconsistent;
+      if (apart && entry["reason"] == "") entry["reason"] = no_contact();
+    } else if (receiver_ != nullptr && record_.replication.active) {
+      const ReceiverStatus status = receiver_->status();
+      const bool usable = status.quality == CopyQuality::Fuzzy || status.quality == CopyQuality::Consistent;
+      const bool apart = !channel_.connected() || !hello_accepted_ || refusal_;
+      const bool trouble = !status.reason.empty();
+      entry["state"] = !usable ? "inconsistent" : apart ? "disconnected" : trouble ? "degraded" : "in-sync";
+      entry["epoch"] = status.epoch;
+      // While all is well only the source knows. Otherwise the copy is at least as old as the trouble.
+      entry["rpo_s"] = nullptr;
+      std::optional<Nanoseconds> since = apart ? apart_since_ : std::nullopt;
+      if (trouble) since = std::min(since.value_or(status.reason_since), status.reason_since);
+      if (usable && since) entry["rpo_s"] = static_cast<double>(parts_.executor.now() - *since) / 1e9;
+      entry["remaining_bytes"] = 0;
+      entry["wire_bytes"] = status.received_wire_bytes;
+      entry["raw_bytes"] = status.received_body_bytes;
+      entry["consistent"] = status.quality == CopyQuality::Consistent;
+      entry["reference_mismatches"] = status.reference_mismatches;
+      entry["reason"] = refusal_ ? refusal_->text : status.reason.empty() && apart ? no_contact() : status.reason;
+    } else {
+      continue;  // not replicated
+    }
+    entry["direction"] = sender_ != nullptr ? "sending" : "receiving";
+    volumes.push_back(std::move(entry));
+  }
+  return volumes;
+}
+
+void Group::wait_in_sync(Done done) {
+  if (sender_ == nullptr) {
+    return parts_.executor.post([done = std::move(done)] {
+      done(fail(ErrorKind::Unavailable, "not replicating from here; see: vmferry replicate start"));
+    });
+  }
+  sender_->wait_in_sync(std::move(done));
+}
+
+void Group::verify(std::function<void(Result<std::vector<VerifyDifference>>)> done) {
+  if (sender_ == nullptr) {
+    return parts_.executor.post([done = std::move(done)] {
+      done(fail(ErrorKind::Unavailable, "not replicating from here; verify runs at the primary"));
+    });
+  }
+  sender_->verify(std::move(done));
+}
+
+bool Group::holds_foreign_data() const {
+  return receiver_ != nullptr && receiver_->status().foreign_data;
+}
+
+void Group::migrate(const MigrateRequest& request, HandoverCoordinator::MigrateDone done) {
+  if (const Status begun = coordinator_->migrate(request, done); !begun) {
+    MigrateResult result;
+    result.outcome = MigrateOutcome::Failed;
+    result.guest = GuestPlace::RunningSource;
+    result.error = begun.error().text;
+    parts_.executor.post([result, done = std::move(done)] { done(result); });
+  }
+}
+
+void Group::promote(PromoteOptions options, Done done) {
+  options.alone = record_.peer.empty();
+  coordinator_->promote(options, std::move(done));
+}
+
+void Group::resolve(ResolveChoice choice, bool force, Done done) {
+  const bool undecided = ownership().split_brain || ownership().state == HandoverState::Superseded;
+  if (choice != ResolveChoice::DiscardLocal || !undecided || copy_quality() != CopyQuality::Source) {
+    return coordinator_->resolve(choice, force, std::move(done));
+  }
+  // The operator gives our writes up: from here on the files are no image of anything until the owner has copied them
+  // anew, which needs no further word. Recorded first, so that a crash in between leaves only the command to repeat.
+  sender_.reset();
+  run_steps({[this](StepDone next) { close_receiver(std::move(next)); },
+             [this](StepDone next) {
+               ReplicaRecord record = state_.record();
+               record.quality = CopyQuality::Inconsistent;
+               record.lineage = {};
+               record.final_attempt = {};
+               state_.save(record, std::move(next));
+             },
+             [this, choice, force](StepDone next) { coordinator_->resolve(choice, force, std::move(next)); }},
+            std::move(done));
+}
+
+}  // namespace vmferry

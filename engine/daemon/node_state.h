@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Everything a daemon durably knows about itself besides data: volumes, groups with their ownership, peers.
+//
+// One record (docs/on-disk.md, "Node state") that is replaced as a whole, so that a change of ownership, of a group's
+// members or of a peer is one atomic act. Small: some hundred bytes per volume.
+// Threads: the daemon's executor.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "blockdev/durable_record.h"
+#include "engine/control/config.h"
+#include "engine/migrate/ownership.h"
+#include "engine/runtime/executor.h"
+#include "netproto/rpc/json_lines.h"
+
+namespace vmferry {
+
+// How a group is replicated, by the side that is or was its source. Kept when roles change, so that it goes on after.
+struct ReplicationConfig {
+  bool active = false;  // the group follows `peer`, in whichever direction the roles say
+  bool paused = false;
+  std::string mode = "batch";
+  Nanoseconds rpo = 30 * kSecond;
+  uint64_t bandwidth = 0;  // bytes per second; 0: no cap
+  bool overwrite_peer = false;
+};
+
+struct GroupRecord {
+  Id128 id{};
+  std::vector<std::string> members;  // volume names in the order both sides use
+  std::string peer;                  // "" when none
+  Id128 left{};                      // the group that these volumes were before `replicate stop` here; none otherwise
+  ReplicationConfig replication{};
+  Ownership ownership{};
+};
+
+struct NodeRecord {
+  Id128 node{};
+  std::map<std::string, VolumeConfig> volumes;
+  std::map<Id128, GroupRecord> groups;
+  Json peers = Json::array();  // PeerDirectory's own form
+};
+
+Json to_json(const NodeRecord& record);
+Result<NodeRecord> node_record_from_json(const Json& value);  // every field checked; fuzzed with the configuration
+
+class NodeState {
+ public:
+  using Done = std::function<void(Status)>;
+
+  static constexpr uint32_t kSlotSize = 1U << 20;
+  static constexpr uint64_t kFileSize = DurableRecord::footprint(kSlotSize);
+
+  NodeState(Executor& executor, BlockDevice& device);
+
+  // A fresh node id when nothing was saved yet.
+  void load(Done done);
+  const NodeRecord& record() const { return record_; }
+
+  // Changes the record in memory and makes it durable. `done` runs when it is. Changes complete in order.
+  void update(const std::function<void(NodeRecord&)>& change, Done done);
+
+ private:
+  Executor& executor_;
+  DurableRecord durable_;
+  NodeRecord record_;
+};
+
+// The group that holds the volume; nullptr when none does.
+const GroupRecord* find_group_of(const NodeRecord& record, const std::string& volume);
+
+// Ownership of one group inside the node's record.
+class GroupOwnershipStore final : public OwnershipStore {
+ public:
+  GroupOwnershipStore(Executor& executor, NodeState& state, Id128 group)
+      : executor_(executor), state_(state), group_(group) {}
+  void save(const Ownership& ownership, std::function<void(Status)> done) override;
+
+ private:
+  Executor& executor_;
+  NodeState& state_;
+  const Id128 group_;
+};
+
+}  // namespace vmferry

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include "engine/daemon/node_state_json.h"
+#include "tests/sim/sim_disk.h"
+#include "tests/sim/sim_world.h"
+
+namespace vmferry {
+namespace {
+
+NodeRecord sample() {
+  NodeRecord record;
+  record.node = Id128::parse("000102030405060708090a0b0c0d0e0f").value();
+  record.volumes["vda"] = {.name = "vda",
+                           .path = "/srv/a,b.img",
+                           .size = 1_GiB,
+                           .nbd = Endpoint::parse("tcp:127.0.0.1:10809").value(),
+                           .qmp = "/run/q",
+                           .aio = AioSetting::Libaio,
+                           .cache = CacheSetting::None};
+  GroupRecord group;
+  group.id = Id128::parse("ff000000000000000000000000000001").value();
+  group.members = {"vda"};
+  group.peer = "hostb";
+  group.replication.active = true;
+  group.ownership.role = Role::Secondary;
+  group.ownership.owner = Owner::Peer;
+  group.ownership.state = HandoverState::Prepared;
+  group.ownership.term = 7;
+  group.ownership.attempt = group.id;
+  group.ownership.qemu = {.pid = 42, .start_time = 99, .boot_id = "b"};
+  group.ownership.reason = "because";
+  record.groups[group.id] = group;
+  return record;
+}
+
+// A field that does not survive is a role, term or peer forgotten by a restart.
+TEST(NodeState, EveryFieldSurvives) {
+  const Json written = to_json(sample());
+  const auto read = node_record_from_json(written);
+  ASSERT_TRUE(read) << read.error().text;
+  EXPECT_EQ(to_json(*read), written);
+  const Ownership& ownership = read->groups.begin()->second.ownership;
+  EXPECT_EQ(ownership.state, HandoverState::Prepared);
+  EXPECT_EQ(ownership.qemu.start_time, 99U);
+  EXPECT_EQ(read->volumes.at("vda").nbd->port, 10809);
+  ASSERT_NE(find_group_of(*read, "vda"), nullptr);
+  EXPECT_EQ(find_group_of(*read, "vdb"), nullptr);
+}
+
+// A record that is taken in part would start a volume with a default role: primary.
+TEST(NodeState, EveryMissingOrWrongFieldIsRefused) {
+  const Json whole = to_json(sample());
+  const Json flat = whole.flatten();
+  for (const auto& item : flat.items()) {
+    const Json::json_pointer pointer(item.key());
+    if (pointer.to_string().starts_with("/peers")) continue;
+    Json broken = whole;
+    broken[pointer] = Json::array({1.5});
+    EXPECT_FALSE(node_record_from_json(broken)) << pointer.to_string();
+  }
+  Json newer = whole;
+  newer["format"] = 2;
+  EXPECT_FALSE(node_record_from_json(newer));
+  EXPECT_FALSE(node_record_from_json(Json::array()));
+}
+
+// The coordinator saves in the middle of a transition; an answer inside the call would begin the next one in it.
+TEST(NodeState, SavingForAGroupThatIsGoneFailsFromATask) {
+  sim::SimWorld world(1);
+  Executor& executor = world.add_executor("daemon");
+  sim::SimDisk disk(world.add_executor("disk"), NodeState::kFileSize);  // not reached
+  NodeState state(executor, disk);
+  GroupOwnershipStore store(executor, state, *Id128::parse("ff000000000000000000000000000001"));
+  std::optional<Status> answer;
+  store.save({}, [&](const Status& status) { answer = status; });
+  EXPECT_FALSE(answer) << "inline";
+  world.run_for(kSecond);
+  ASSERT_TRUE(answer);
+  EXPECT_FALSE(*answer);
+}
+
+}  // namespace
+}  // namespace vmferry
