@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running guest moves between two daemons over an emulated link: there and back, and not at all where it cannot.
+
+VMFERRY_MIGRATIONS: how many in a row (default 2, the long campaign 10). Faults on the way: faults_test.py.
+"""
+
+import filecmp
+import os
+import shutil
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+from vmlib import Build, Lab, VmferryError, Workload, wait_until
+
+BUILD = Build()
+LOAD = Workload(mode="file", area="32M", hot="4M", mem="64M")
+
+
+class MigrationCase(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="vmferry-migration-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def lab(self, **options) -> Lab:
+        settings = {"disk_size": "256M", "fill": "100M", "memory_mb": 256, "workload": LOAD, "rate": "1Gbit", "rtt": "20ms"}
+        return Lab(self.folder, BUILD, **{**settings, **options})
+
+    def assert_nothing_lost(self, lab: Lab, side: str) -> None:
+        found = lab.check(side)
+        self.assertTrue(found["ok"], found)
+        self.assertGreater(found["acknowledged"], 100, found)
+        self.assertEqual(found["found"], found["acknowledged"], found)
+
+
+class ThereAndBackTest(MigrationCase):
+    def test_migrations_in_a_row_lose_nothing_and_leak_nothing(self):
+        # State of one migration that is left over breaks the next one, or the host after the hundredth.
+        count = int(os.environ.get("VMFERRY_MIGRATIONS", "2"))
+        with self.lab() as lab:
+            lab.start_guest("a")
+            here, there = "a", "b"
+            figures = []
+            for number in range(count):
+                time.sleep(1)
+                outcome = lab.migrate(here, there, "--quit-source", "--timeout", "2m")
+                self.assertEqual(outcome.status, 0, (number, outcome.result, outcome.stderr))
+                self.assertEqual((outcome.result["result"], outcome.result["owner"], outcome.result["guest"]),
+                                 ("done", "peer", "running-peer"))
+                self.assertLess(outcome.gap_ms, 2000, outcome)
+                wait_until(lambda: not lab.guests[here].alive(), 20, "the source QEMU ended")
+                self.assert_follows(lab, leader=there, follower=here)
+                # Both sides have been source and destination from the second migration on.
+                if number % 2 == 1:
+                    figures.append({side: (d.descriptor_count(), d.memory_kib()) for side, d in lab.daemons.items()})
+                print(f"migration {number + 1}: {outcome.seconds:.1f} s, gap {outcome.gap_ms:.0f} ms, "
+                      f"descriptors and memory {figures[-1] if figures else ''}", flush=True)
+                here, there = there, here
+            for side in ("a", "b"):
+                descriptors = [figure[side][0] for figure in figures]
+                memory = [figure[side][1] for figure in figures]
+                self.assertLessEqual(max(descriptors), descriptors[0] + 2, descriptors)
+                # Indexes and buffers fill up to their limits in the first round trips; after that nothing may be added.
+                self.assertLess(max(memory), 192 * 1024, memory)
+                if len(memory) >= 5:
+                    self.assertLessEqual(memory[-1], max(memory[-3:-1]) + 12 * 1024, memory)
+                self.assertEqual(self.children(lab.daemons[side].pid), [], "a daemon starts no process")
+            self.assert_nothing_lost(lab, here)
+            self.assert_copy_is_equal(lab)
+
+    def assert_follows(self, lab: Lab, leader: str, follower: str) -> None:
+        status = lab.daemons[leader].volume_status("vda")
+        self.assertEqual((status["role"], status["may_run"]), ("primary", True), status)
+        status = wait_until(lambda: (s := lab.daemons[follower].volume_status("vda"))["role"] == "secondary" and s, 20,
+                            "the source follows")
+        self.assertFalse(status["may_run"], status)
+        waited = lab.daemons[leader].vmferry("replicate", "wait", "vda", "--timeout", "30s")
+        self.assertEqual(waited["volumes"][0]["direction"], "sending", waited)
+
+    def assert_copy_is_equal(self, lab: Lab) -> None:
+        # assert_nothing_lost has stopped the daemon of the leader, and a clean stop does not wait for the peer.
+        for side in ("a", "b"):
+            for guest in (lab.guests.get(side),):
+                if guest is not None:
+                    guest.quit()
+        leader = lab.daemons["a"] if not lab.daemons["a"].alive() else lab.daemons["b"]
+        leader.start()
+        leader.vmferry("replicate", "wait", "vda", "--timeout", "30s")
+        self.assertEqual(leader.vmferry("replicate", "verify", "vda")["differences"], [])
+        for side in ("a", "b"):
+            lab.daemons[side].stop()
+        self.assertTrue(filecmp.cmp(lab.image("a"), lab.image("b"), shallow=False), "the copy differs from the original")
+
+    def children(self, pid: int) -> list:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+    def test_two_volumes_move_as_one(self):
+        # A guest whose second disk is of another moment than its first has lost its order of writes.
+        with self.lab(volumes=2) as lab:
+            lab.start_guest("a")
+            outcome = lab.migrate("a", "b", "--quit-source")
+            self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
+            self.assertEqual({v["role"] for v in lab.daemons["b"].vmferry("status")["volumes"]}, {"primary"})
+            self.assert_nothing_lost(lab, "b")
+
+    def test_background_returns_at_once_and_detach_leaves_nothing_behind(self):
+        # A script that starts a migration and goes on must be able to follow and find its end; and a host that is to be
+        # switched off must not be needed any more.
+        with self.lab() as lab:
+            lab.start_guest("a")
+            lab.start_guest("b", incoming=True)
+            began = time.monotonic()
+            started = lab.daemons["a"].vmferry("migrate", "vda", "--peer", "b", "--background", "--detach", "--quit-source")
+            self.assertLess(time.monotonic() - began, 5)
+            self.assertEqual(started["result"], "started")
+            # Whoever watches meanwhile, also in the moment in which the group is formed, disturbs nothing (I12).
+            for number in range(60):
+                daemon = lab.daemons["ab"[number % 2]]
+                daemon.volume_status("vda")
+                daemon.vmferry("replicate", "status")
+                daemon.vmferry("migrate", "status")
+            result = lab.daemons["a"].vmferry("migrate", "watch")
+            self.assertEqual(result["result"], "done", result)
+            wait_until(lambda: lab.daemons["a"].volume_status("vda")["role"] == "secondary", 20, "secondary")
+            time.sleep(2)
+            for side in ("a", "b"):
+                self.assertEqual(lab.daemons[side].vmferry("replicate", "status")["volumes"], [], side)
+            # A way back stays open, and needs no second full copy.
+            lab.daemons["b"].vmferry("replicate", "start", "vda", "--peer", "a")
+            lab.daemons["b"].vmferry("replicate", "wait", "vda", "--timeout", "30s")
+            status = lab.daemons["b"].replication("vda")
+            self.assertLess(status["raw_bytes"], 64 << 20, status)
+            self.assertEqual(lab.daemons["a"].replication("vda")["direction"], "receiving")
+            self.assert_nothing_lost(lab, "b")
+
+
+class RefusalTest(MigrationCase):
+    def assert_runs_at_source(self, lab: Lab) -> None:
+        self.assertEqual(lab.daemons["a"].volume_status("vda")["handover_state"], "own")
+        self.assertFalse(lab.daemons["b"].volume_status("vda")["may_run"])
+        self.assertEqual(lab.guests["a"].qmp.status(), "running")
+
+    def refused(self, lab: Lab, *options, **guest_options) -> str:
+        """The error of a migration that must fail before anything was changed."""
+        outcome = lab.migrate("a", "b", *options, guest_options=guest_options)
+        self.assertEqual((outcome.status, outcome.result["result"], outcome.result["owner"], outcome.result["guest"]),
+                         (1, "failed", "source", "running-source"), outcome)
+        self.assert_runs_at_source(lab)
+        return outcome.result["error"]
+
+    def test_what_cannot_work_is_refused_before_it_begins(self):
+        # A migration that fails half-way for a reason known beforehand costs the operator an hour of link.
+        with self.lab() as lab:
+            lab.start_guest("a")
+            a = lab.daemons["a"]
+            with self.assertRaises(VmferryError) as nobody:
+                a.vmferry("migrate", "vda", "--peer", "nobody")
+            self.assertEqual(nobody.exception.status, 1)
+            self.assertIn("nobody", nobody.exception.output["error"])
+            with self.assertRaises(VmferryError) as no_destination:
+                a.vmferry("migrate", "vda", "--peer", "b")
+            self.assertEqual(no_destination.exception.output["result"], "failed")
+            self.assertEqual(no_destination.exception.output["guest"], "running-source")
+            self.assertIn("machine type", self.refused(lab, machine="pc"))
+            self.assertIn("CPU model", self.refused(lab, cpu="max"))
+            self.assertIn("memory is", self.refused(lab, memory_mb=128))
+            spare = self.folder / "spare.img"
+            spare.write_bytes(bytes(1 << 20))
+            self.assertIn("exists only in the QEMU at peer", self.refused(lab, extra_args=(
+                "-drive", f"if=none,id=spare,file={spare},format=raw", "-device", "virtio-blk-pci,drive=spare")))
+            self.assertRegex(self.refused(lab, "--downtime-limit", "1ms"), "pause cannot be shorter than [0-9]+ ms.*--downtime-limit [0-9]+00ms")
+            lab.start_guest("b", incoming=True)
+            dry = a.vmferry("migrate", "vda", "--peer", "b", "--dry-run")
+            self.assertGreater(dry["pause_ms_min"], 10)
+            self.assert_runs_at_source(lab)
+
+    def test_a_destination_that_cannot_load_the_stream_leaves_the_guest_at_the_source(self):
+        # Preflight does not see every device; the guest must survive what is found at the very end, and the next try
+        # with a right destination must work.
+        with self.lab() as lab:
+            lab.start_guest("a", extra_args=("-device", "virtio-balloon-pci"))
+            outcome = lab.migrate("a", "b", "--timeout", "1m")
+            self.assertEqual((outcome.status, outcome.result["result"], outcome.result["owner"], outcome.result["guest"]),
+                             (1, "rolled-back", "source", "running-source"), outcome)
+            self.assertIn("could not load", outcome.result["error"])
+            wait_until(lambda: lab.daemons["a"].volume_status("vda")["handover_state"] == "own", 20, "own again")
+            self.assert_runs_at_source(lab)
+            wait_until(lambda: not lab.guests["b"].alive(), 20, "the destination QEMU that failed was ended")
+            outcome = lab.migrate("a", "b", "--quit-source", guest_options={"extra_args": ("-device", "virtio-balloon-pci")})
+            self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
+            self.assert_nothing_lost(lab, "b")
+
+    def test_cancel_in_bulk_and_in_precopy_leaves_the_guest_running(self):
+        # Somebody who needs the link for something else must get it back at once, and lose nothing but time.
+        with self.lab(rate="100Mbit") as lab:
+            lab.start_guest("a")
+            for phase in ("bulk", "precopy"):
+                def cancel(_process, phase=phase):
+                    wait_until(lambda: self.phase(lab) == phase, 90, phase)
+                    lab.daemons["a"].vmferry("migrate", "cancel")
+                outcome = lab.migrate("a", "b", "--timeout", "3m", during=cancel)
+                self.assertEqual((outcome.status, outcome.result["result"], outcome.result["guest"]),
+                                 (1, "rolled-back", "running-source"), (phase, outcome))
+                self.assertIn("cancelled by the operator", outcome.result["error"])
+                self.assertLess(outcome.gap_ms, 2000, phase)
+                self.assert_runs_at_source(lab)
+            with self.assertRaises(VmferryError) as nothing:
+                lab.daemons["a"].vmferry("migrate", "cancel")
+            self.assertIn("no migration is under way", nothing.exception.stderr)
+            outcome = lab.migrate("a", "b", "--quit-source", "--timeout", "3m")
+            self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
+            self.assert_nothing_lost(lab, "b")
+
+    def phase(self, lab: Lab) -> str:
+        migrations = lab.daemons["a"].vmferry("migrate", "status")["migrations"]
+        return next((m["phase"] for m in migrations if m["under_way"]), "")
+
+
+class OldQemuTest(MigrationCase):
+    def test_control_flow_with_the_qemu_of_debian_12(self):
+        # QEMU before 8.1 names capabilities differently and exits when a stream does not load; the guest is idle, because
+        # this version loses pages of a busy one without KVM.
+        with self.lab(qemu="system", disk_size="64M", fill=None, memory_mb=128, workload=Workload(mode="none", mem="0")) as lab:
+            lab.start_guest("a")
+            lab.guests["a"].qmp.command("stop")
+            outcome = lab.migrate("a", "b", "--quit-source", "--timeout", "2m")
+            self.assertEqual((outcome.status, outcome.result["result"], outcome.result["owner"]), (0, "done", "peer"),
+                             (outcome.result, outcome.stderr))
+            self.assertEqual(lab.guests["b"].qmp.status(), "paused")
+            lab.guests["b"].qmp.command("cont")
+            wait_until(lambda: not lab.guests["a"].alive(), 20, "the source QEMU ended")
+            lab.collector.wait_heartbeat(lab.guests["b"].pid, timeout=20)
+            self.assertEqual(lab.daemons["b"].volume_status("vda")["handover_state"], "running")
+
+    def test_a_stream_that_does_not_load_ends_this_qemu_and_the_guest_goes_on(self):
+        # Before 9.1 the destination exits on it, so its daemon learns of the failure from a dead process.
+        with self.lab(qemu="system", disk_size="64M", fill=None, memory_mb=128, workload=Workload(mode="none", mem="0")) as lab:
+            lab.start_guest("a", extra_args=("-device", "virtio-balloon-pci"))
+            outcome = lab.migrate("a", "b", "--timeout", "1m")
+            self.assertEqual((outcome.status, outcome.result["result"], outcome.result["guest"]),
+                             (1, "rolled-back", "running-source"), outcome)
+            wait_until(lambda: lab.daemons["a"].volume_status("vda")["handover_state"] == "own", 20, "own again")
+            wait_until(lambda: lab.guests["a"].qmp.status() == "running", 20, "the guest goes on")
+            self.assertFalse(lab.guests["b"].alive())
+
+
+class LostPeerTest(MigrationCase):
+    def test_the_operator_takes_the_guest_back_when_the_peer_never_answers(self):
+        # After GO only the peer knows whether the guest runs there; with the peer gone for good, the operator decides,
+        # and a peer that comes back after all must give way.
+        with self.lab(rtt="200ms") as lab:
+            lab.start_guest("a")
+            a, b = lab.daemons["a"], lab.daemons["b"]
+
+            def lose_peer(process):
+                self.assertTrue(a.wait_phase("handover"))
+                b.kill()  # 100 ms before GO arrives
+                lab.guests["b"].kill()
+                process.kill()
+
+            lab.migrate("a", "b", "--downtime-limit", "2s", during=lose_peer)
+            status = a.volume_status("vda")
+            self.assertEqual((status["handover_state"], status["owner"], status["may_run"]), ("go-sent", "unknown", False))
+            self.assertIn("resolve VOLUME --run-here --force", status["reason"])
+            self.assertNotEqual(lab.guests["a"].qmp.status(), "running")
+            with self.assertRaises(VmferryError) as unforced:
+                a.vmferry("resolve", "vda", "--run-here")
+            self.assertIn("--force", unforced.exception.stderr)
+            a.vmferry("resolve", "vda", "--run-here", "--force")
+            wait_until(lambda: lab.guests["a"].qmp.status() == "running", 30, "the guest goes on at a")
+            b.start()
+            wait_until(lambda: b.volume_status("vda")["connected"], 30, "b is back")
+            wait_until(lambda: not b.volume_status("vda")["may_run"], 30, "b gives way")
+            if b.volume_status("vda")["handover_state"] == "superseded":
+                b.vmferry("resolve", "vda", "--discard-local")
+            wait_until(lambda: b.volume_status("vda")["handover_state"] == "secondary", 30, "b follows again")
+            a.vmferry("replicate", "wait", "vda", "--timeout", "60s")
+            outcome = lab.migrate("a", "b", "--quit-source", "--downtime-limit", "2s")
+            self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
+            self.assert_nothing_lost(lab, "b")
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
