@@ -102,12 +102,14 @@ class Group final : private GroupChannelHandler {
   void say_stopped();  // to the peer; the group is closed next
 
   // --- migration and roles
-  void migrate(const MigrateRequest& request, HandoverCoordinator::MigrateDone done);
+  // An error: nothing was begun, and `done` is never called.
+  Status migrate(const MigrateRequest& request, HandoverCoordinator::MigrateDone done);
   void promote(PromoteOptions options, Done done);
   void resolve(ResolveChoice choice, bool force, Done done);
   Qemu* connected_qemu(const std::string& path) const;  // the same, only if it is connected
   Qemu* qemu(const std::string& path);  // made on first use; "" is the group's own; nullptr when there is none
   const std::string& qmp_path() const { return parts_.qmp_path; }
+  bool handover_under_way() const;  // a QEMU is watched for it
   bool copy_is_consistent() const;
   CopyQuality copy_quality() const;
   bool holds_foreign_data() const;  // as a secondary: data that is no earlier copy

@@ -164,13 +164,20 @@ bool Group::holds_foreign_data() const {
   return receiver_ != nullptr && receiver_->status().foreign_data;
 }
 
-void Group::migrate(const MigrateRequest& request, HandoverCoordinator::MigrateDone done) {
-  if (const Status begun = coordinator_->migrate(request, done); !begun) {
-    MigrateResult result;
-    result.outcome = MigrateOutcome::Failed;
-    result.guest = GuestPlace::RunningSource;
-    result.error = begun.error().text;
-    parts_.executor.post([result, done = std::move(done)] { done(result); });
+Status Group::migrate(const MigrateRequest& request, HandoverCoordinator::MigrateDone done) {
+  return coordinator_->migrate(request, std::move(done));
+}
+
+bool Group::handover_under_way() const {
+  switch (ownership().state) {
+    case HandoverState::Own:
+    case HandoverState::Running:
+    case HandoverState::Secondary:
+    case HandoverState::Aborted:
+    case HandoverState::Superseded:
+      return coordinator_->migrating();
+    default:
+      return true;
   }
 }
 

@@ -44,6 +44,8 @@ void ask_qemu(Daemon& daemon, Group* group, const std::string& path, std::functi
       done(result);
     });
   };
+  // Anew, because another QEMU may have taken the socket's path; but never away from one that is being watched.
+  if (qemu->connected() && group->handover_under_way()) return ask();
   qemu->connect([qemu, ask, done](const Status& status) {
     if (status) return ask();
     QemuPreflight result;
@@ -85,7 +87,8 @@ QemuPreflight to_preflight(const QemuFacts& facts, const std::map<std::string, s
   result.machine = facts.machine;
   result.cpu = facts.cpu_model;
   result.ram_bytes = facts.memory_size;
-  result.running_or_paused = facts.state.run == RunState::Running || facts.state.run == RunState::Paused;
+  result.running = facts.state.run == RunState::Running;
+  result.paused = facts.state.run == RunState::Paused;
   result.fresh = facts.state.run == RunState::InMigrate && !facts.ever_migrated;
   result.kvm = facts.kvm;
   result.blocked_reasons = facts.blocked_reasons;
@@ -118,7 +121,8 @@ Json to_json(const QemuPreflight& qemu) {
           {"machine", qemu.machine},
           {"cpu", qemu.cpu},
           {"ram_bytes", qemu.ram_bytes},
-          {"running_or_paused", qemu.running_or_paused},
+          {"running", qemu.running},
+          {"paused", qemu.paused},
           {"fresh", qemu.fresh},
           {"kvm", qemu.kvm},
           {"major", qemu.major},
@@ -136,7 +140,8 @@ Result<QemuPreflight> qemu_preflight_from_json(const Json& value) {
     qemu.machine = value.at("machine").get<std::string>();
     qemu.cpu = value.at("cpu").get<std::string>();
     qemu.ram_bytes = integer_at<uint64_t>(value, "ram_bytes");
-    qemu.running_or_paused = value.at("running_or_paused").get<bool>();
+    qemu.running = value.at("running").get<bool>();
+    qemu.paused = value.at("paused").get<bool>();
     qemu.fresh = value.at("fresh").get<bool>();
     qemu.kvm = value.at("kvm").get<bool>();
     qemu.major = integer_at<uint32_t>(value, "major");
@@ -222,6 +227,39 @@ Status read_peer(const Json& answer, PreflightFacts& facts) {
   return {};
 }
 
+void ask_peer(Daemon& daemon, const PreflightWish& wish, PreflightFacts facts,
+              const std::function<void(Result<PreflightFacts>)>& done) {
+  const auto without_peer = [done](PreflightFacts known, std::string why) {
+    known.peer_connected = false;
+    known.peer_trouble = std::move(why);
+    done(std::move(known));
+  };
+  if (daemon.peers().link(wish.peer) == nullptr)
+    return without_peer(facts, fmt::format("there is no peer '{}'; see: vmferry peer list", wish.peer));
+  // A ping waits for a connection, so that a peer that is about to come back is not refused.
+  measure_round_trip(
+      daemon, wish.peer, [&daemon, wish, facts, done, without_peer](const Result<Nanoseconds>& rtt) mutable {
+        if (!rtt)
+          return without_peer(facts, fmt::format("peer '{}' cannot be reached: {}", wish.peer, rtt.error().text));
+        PeerLink* const link = daemon.peers().link(wish.peer);
+        if (link == nullptr) return without_peer(facts, fmt::format("peer '{}' was removed", wish.peer));
+        facts.peer_connected = true;
+        facts.rtt = *rtt;
+        if (const PeerRecord* const record = daemon.peers().find(wish.peer); record != nullptr)
+          facts.peer_grants_migrate = record->granted.migrate_in;
+        link->request("preflight", Json{{"volumes", wish.volumes}}.dump(),
+                      [&daemon, wish, facts, done, without_peer](const Result<std::string>& text) mutable {
+                        const auto answer = text ? parse_json(*text) : Result<Json>(tl::unexpected(text.error()));
+                        const Status read = answer ? read_peer(*answer, facts) : tl::unexpected(answer.error());
+                        if (!read)
+                          return without_peer(facts, fmt::format("peer '{}': {}", wish.peer, read.error().text));
+                        if (const PeerLink* const present = daemon.peers().link(wish.peer); present != nullptr)
+                          facts.link_rate = present->figures().send_rate;
+                        done(facts);
+                      });
+      });
+}
+
 }  // namespace
 
 void gather_preflight(Daemon& daemon, const PreflightWish& wish, std::function<void(Result<PreflightFacts>)> done) {
@@ -248,40 +286,13 @@ void gather_preflight(Daemon& daemon, const PreflightWish& wish, std::function<v
       facts.not_owner_reason = fmt::format("a migration of '{}' is under way", name);
     facts.staging_needed += std::min<uint64_t>((*volume)->device().dirty_bytes(), 1_GiB);
   }
-  PeerLink* const link = daemon.peers().link(wish.peer);
-  if (link == nullptr) {
-    return done(fail(ErrorKind::NotFound, "there is no peer '{}'; see: vmferry peer list", wish.peer));
-  }
-  // A ping waits for a connection, so that a peer that is about to come back is not refused.
-  measure_round_trip(daemon, wish.peer, [&daemon, wish, facts, first, done](const Result<Nanoseconds>& rtt) mutable {
-    if (!rtt) {
-      return done(fail(ErrorKind::Unavailable, "peer '{}' cannot be reached: {}", wish.peer, rtt.error().text));
-    }
-    PeerLink* const present = daemon.peers().link(wish.peer);
-    if (present == nullptr) return done(fail(ErrorKind::NotFound, "peer '{}' was removed", wish.peer));
-    facts.peer_connected = true;
-    facts.rtt = *rtt;
-    if (const PeerRecord* const record = daemon.peers().find(wish.peer); record != nullptr) {
-      facts.peer_grants_migrate = record->granted.migrate_in;
-    }
-    present->request("preflight", Json{{"volumes", wish.volumes}}.dump(),
-                     [&daemon, wish, facts, first, done](const Result<std::string>& text) mutable {
-                       if (!text) return done(fail_with(text.error(), fmt::format("peer '{}'", wish.peer)));
-                       const auto answer = parse_json(*text);
-                       if (!answer) return done(fail_with(answer.error(), fmt::format("peer '{}'", wish.peer)));
-                       if (const Status read = read_peer(*answer, facts); !read)
-                         return done(tl::unexpected(read.error()));
-                       if (const PeerLink* const link = daemon.peers().link(wish.peer); link != nullptr)
-                         facts.link_rate = link->figures().send_rate;
-                       ask_qemu(daemon, first, wish.qmp_path,
-                                [&daemon, facts, done](const QemuPreflight& qemu) mutable {
-                                  facts.source = qemu;
-                                  measure_record(daemon, [facts, done](Nanoseconds record_time) mutable {
-                                    facts.fsync_here = record_time;
-                                    done(facts);
-                                  });
-                                });
-                     });
+  // First of all our own side: also a refusal for the peer's sake says where the guest is.
+  ask_qemu(daemon, first, wish.qmp_path, [&daemon, wish, facts, done](const QemuPreflight& qemu) mutable {
+    facts.source = qemu;
+    measure_record(daemon, [&daemon, wish, facts, done](Nanoseconds record_time) mutable {
+      facts.fsync_here = record_time;
+      ask_peer(daemon, wish, facts, done);
+    });
   });
 }
 

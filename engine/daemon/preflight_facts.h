@@ -23,7 +23,7 @@ struct PreflightWish {
   Nanoseconds downtime_limit = 0;
 };
 
-// An error: the wish itself is wrong (no such volume or peer, no QMP path). Everything else is a fact to be judged.
+// An error: there is no such volume, or no group of it for the moment. Everything else is a fact to be judged.
 void gather_preflight(Daemon& daemon, const PreflightWish& wish, std::function<void(Result<PreflightFacts>)> done);
 
 // Shortest of a few pings: one that met a lost packet takes as long as its repetition, and a migration must not be

@@ -83,12 +83,22 @@ Json result_json(const MigrateResult& result) {
   return Json::parse(to_json_line(result));
 }
 
-// A refusal before anything was changed.
-Json refused(const std::string& error) {
+// A refusal before anything was changed: who owns the group, and where its guest was seen (I10).
+Json refused(Daemon& daemon, const Wish& wish, const PreflightFacts& facts, const std::string& error) {
+  const std::string& volume = wish.volumes.front();
+  const Group* const group = daemon.group_of(volume);
+  const GroupRecord* const record =
+      group != nullptr ? &group->record() : find_group_of(daemon.state().record(), volume);
   MigrateResult result;
   result.outcome = MigrateOutcome::Failed;
-  result.guest = GuestPlace::RunningSource;
+  result.owner = "unknown";
   result.error = error;
+  if (record != nullptr) {
+    const Ownership& ownership = group != nullptr ? group->ownership() : record->ownership;
+    result.owner = owner_word(ownership);
+    result.guest = guest_place(ownership, facts);
+  }
+  explain_unknown(result);
   Json json = result_json(result);
   json["begun"] = false;
   return json;
@@ -123,7 +133,7 @@ struct Follower : std::enable_shared_from_this<Follower> {
   Timer tick;
 };
 
-void run(Daemon& daemon, const RpcCallPtr& call, const Wish& wish, Group& group) {
+void run(Daemon& daemon, const RpcCallPtr& call, const Wish& wish, const PreflightFacts& facts, Group& group) {
   ReplicationConfig config = group.record().replication;
   config.overwrite_peer = wish.overwrite_peer;
   config.paused = false;
@@ -133,12 +143,14 @@ void run(Daemon& daemon, const RpcCallPtr& call, const Wish& wish, Group& group)
   group.change_replication(config);
   auto follower = std::make_shared<Follower>(daemon, call, wish.volumes.front());
   const bool background = wish.background;
-  group.migrate(wish.request, [&daemon, follower, call, background, names = wish.volumes](const MigrateResult& result) {
+  const auto ended = [&daemon, follower, call, background, names = wish.volumes](const MigrateResult& result) {
     Json json = result_json(result);
     daemon.events().add("migration_ended", {{"volumes", names}, {"result", json["result"]}, {"error", json["error"]}});
     follower->over = true;
     if (!background) call->result(json);
-  });
+  };
+  if (const Status begun = group.migrate(wish.request, ended); !begun)
+    return call->result(refused(daemon, wish, facts, begun.error().text));
   if (background) {
     call->result({{"result", "started"}, {"volumes", wish.volumes}});
   } else {
@@ -161,17 +173,14 @@ void start(Daemon& daemon, const RpcCallPtr& call) {
                     .bandwidth = wish->bandwidth,
                     .downtime_limit = wish->request.downtime_limit},
                    [&daemon, call, wish = *wish](const Result<PreflightFacts>& facts) {
-                     if (!facts) {
-                       if (facts.error().kind == ErrorKind::InvalidArgument) return call->error(facts.error());
-                       return call->result(refused(facts.error().text));
-                     }
+                     if (!facts) return call->result(refused(daemon, wish, {}, facts.error().text));
                      const PreflightReport report = preflight(*facts);
                      for (const std::string& warning : report.warnings)
                        log::warn("preflight volume={} {}", wish.volumes.front(), warning);
                      if (!report.ok()) {
                        std::string text;
                        for (const std::string& problem : report.problems) text += (text.empty() ? "" : "; ") + problem;
-                       return call->result(refused(text));
+                       return call->result(refused(daemon, wish, *facts, text));
                      }
                      if (wish.dry_run) {
                        return call->result({{"result", "possible"},
@@ -180,9 +189,10 @@ void start(Daemon& daemon, const RpcCallPtr& call) {
                                             {"estimate_s", estimate_seconds(daemon, wish.volumes, *facts)}});
                      }
                      daemon.form_group(wish.volumes, wish.peer, wish.overwrite_peer,
-                                       [&daemon, call, wish](const Result<Group*>& formed) {
-                                         if (!formed) return call->result(refused(formed.error().text));
-                                         run(daemon, call, wish, **formed);
+                                       [&daemon, call, wish, facts = *facts](const Result<Group*>& formed) {
+                                         if (!formed)
+                                           return call->result(refused(daemon, wish, facts, formed.error().text));
+                                         run(daemon, call, wish, facts, **formed);
                                        });
                    });
 }

@@ -182,6 +182,7 @@ struct CoordinatorImpl::SourceRun {
   MigrateDone done;
   MigratePhase phase = MigratePhase::Idle;
   Qemu* qemu = nullptr;
+  bool guest_seen = false;  // QEMU has answered: guest_running is true or false
   bool guest_running = false;
   Nanoseconds started_at = 0;
   Nanoseconds phase_at = 0;

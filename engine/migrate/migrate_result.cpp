@@ -65,6 +65,28 @@ std::string_view to_string(GuestPlace guest) {
 
 }  // namespace
 
+std::string_view owner_word(const Ownership& ownership) noexcept {
+  if (ownership.state == HandoverState::Superseded) return "peer";
+  switch (ownership.owner) {
+    case Owner::Self:
+      return "source";
+    case Owner::Peer:
+      return "peer";
+    case Owner::Unknown:
+      return "unknown";
+  }
+  return "unknown";
+}
+
+void explain_unknown(MigrateResult& result) {
+  if (result.owner != "unknown" && result.guest != GuestPlace::Unknown) return;
+  result.outcome = MigrateOutcome::Failed;
+  if (result.error.find("vmferry resolve") != std::string::npos) return;
+  result.error +=
+      "; where the guest is was not seen from here: `vmferry status` on both sides tells which one may run it, and "
+      "`vmferry resolve VOLUME` decides should one of them be lost for good";
+}
+
 std::string to_json_line(const MigrateResult& result) {
   nlohmann::ordered_json json;
   json["result"] = to_string(result.outcome);

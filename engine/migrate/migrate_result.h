@@ -9,6 +9,7 @@
 
 #include "engine/base/id.h"
 #include "engine/base/units.h"
+#include "engine/migrate/ownership.h"
 
 namespace vmferry {
 
@@ -43,6 +44,10 @@ struct MigrateResult {
   uint64_t raw_bytes_memory = 0;
   std::string error;  // one sentence; empty when done
 };
+// The contract's word for who owns the group, as seen from the source.
+std::string_view owner_word(const Ownership& ownership) noexcept;
+// `unknown` goes with `failed` and with an error that names the way out (I10).
+void explain_unknown(MigrateResult& result);
 // One line without a newline.
 std::string to_json_line(const MigrateResult& result);
 

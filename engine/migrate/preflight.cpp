@@ -51,6 +51,7 @@ class Checks {
 
   void ownership() {
     if (!facts_.not_owner_reason.empty()) problem("{}", facts_.not_owner_reason);
+    if (!facts_.peer_trouble.empty()) return problem("{}", facts_.peer_trouble);
     if (!facts_.peer_connected) return problem("peer '{}' is not connected", facts_.peer_name);
     if (!facts_.peer_grants_migrate)
       problem("peer '{}' does not grant us migrate-in; invite it again with --grant", facts_.peer_name);
@@ -81,7 +82,7 @@ class Checks {
   void source_qemu() {
     const QemuPreflight& qemu = facts_.source;
     if (!qemu.reachable) return problem("the QEMU here does not answer: {}", qemu.error);
-    if (!qemu.running_or_paused) problem("the guest here is neither running nor paused");
+    if (!qemu.running && !qemu.paused) problem("the guest here is neither running nor paused");
     for (const std::string& reason : qemu.blocked_reasons) problem("QEMU here cannot migrate: {}", reason);
     constexpr uint32_t kTcgDirtyPagesFixed = 9;
     if (!qemu.kvm && qemu.major < kTcgDirtyPagesFixed)
@@ -205,6 +206,18 @@ Nanoseconds smallest_pause(const PreflightFacts& facts) {
                                : static_cast<Nanoseconds>(static_cast<double>(kTailWireBytes) /
                                                           static_cast<double>(rate) * static_cast<double>(kSecond));
   return facts.rtt + kRecordsHere * facts.fsync_here + kRecordsThere * facts.fsync_there + tail + kLoadTime;
+}
+
+GuestPlace guest_place(const Ownership& ownership, const PreflightFacts& facts) {
+  const std::string_view owner = owner_word(ownership);
+  if (owner == "source") {
+    if (facts.source.running) return GuestPlace::RunningSource;
+    // Of a QEMU that waits for a stream nobody can say that it has a guest.
+    if (facts.source.reachable && !facts.source.fresh) return GuestPlace::PausedSource;
+  }
+  // The contract has no word for a guest that is paused at the peer.
+  if (owner == "peer" && facts.destination.running) return GuestPlace::RunningPeer;
+  return GuestPlace::Unknown;
 }
 
 PreflightReport preflight(const PreflightFacts& facts) {

@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "engine/base/units.h"
+#include "engine/migrate/migrate_result.h"
+#include "engine/migrate/ownership.h"
 
 namespace vmferry {
 
@@ -32,8 +34,9 @@ struct QemuPreflight {
   std::string machine;
   std::string cpu;
   uint64_t ram_bytes = 0;
-  bool running_or_paused = false;  // source
-  bool fresh = false;              // destination: inmigrate, never used
+  bool running = false;  // its guest, now
+  bool paused = false;   // and not for a reason of QEMU's own
+  bool fresh = false;    // destination: inmigrate, never used
   bool kvm = true;
   uint32_t major = 0;
   std::vector<std::string> blocked_reasons;
@@ -51,6 +54,7 @@ struct VolumeFacts {
 
 struct PreflightFacts {
   bool peer_connected = false;
+  std::string peer_trouble;  // why nothing is known of the peer's side; "": everything is
   std::string peer_name;
   bool peer_grants_migrate = true;
   bool overwrite_peer = false;
@@ -79,6 +83,9 @@ struct PreflightReport {
 };
 
 PreflightReport preflight(const PreflightFacts& facts);
+
+// Where the guest is, as far as the QEMU of whoever owns the group showed it (I10).
+GuestPlace guest_place(const Ownership& ownership, const PreflightFacts& facts);
 
 // The parts of the pause that no convergence removes: two one-way trips, the durable records in the path, and the tail
 // of QEMU's stream.

@@ -54,6 +54,7 @@ void CoordinatorImpl::check_source_qemu() {
     if (!state) return finish(MigrateOutcome::Failed, state.error().text);
     if (state->run != RunState::Running && state->run != RunState::Paused)
       return finish(MigrateOutcome::Failed, "the guest is neither running nor paused");
+    source->guest_seen = true;
     source->guest_running = state->run == RunState::Running;
     source->qemu->set_events({.run_state =
                                   [t = alive.token(), this](RunState run) {
@@ -285,7 +286,10 @@ void CoordinatorImpl::note_throughput() {
 
 // STOP is where the pause begins; a RESUME before the switchover means that it was somebody else's.
 void CoordinatorImpl::on_source_run_state(RunState run) {
-  if (!source || !source->attempt_open || own.state != HandoverState::Migrating || source->switchover_asked) return;
+  if (!source) return;
+  // Before an attempt, too: a guest that its operator stops meanwhile is moved as one that is paused.
+  if (!source->attempt_open && source->done) source->guest_running = run == RunState::Running;
+  if (!source->attempt_open || own.state != HandoverState::Migrating || source->switchover_asked) return;
   if (run == RunState::Running) {
     source->guest_running = true;
     source->stopped_at = 0;
@@ -543,10 +547,7 @@ void CoordinatorImpl::finish(MigrateOutcome outcome, std::string error) {
   const MigrateProgress progress_now = progress();
   MigrateResult result;
   result.outcome = outcome;
-  result.owner = own.state == HandoverState::Superseded ? "peer"
-                 : own.owner == Owner::Self             ? "source"
-                 : own.owner == Owner::Peer             ? "peer"
-                                                        : "unknown";
+  result.owner = owner_word(own);
   switch (outcome) {
     case MigrateOutcome::Done:
       result.guest = GuestPlace::RunningPeer;
@@ -554,9 +555,9 @@ void CoordinatorImpl::finish(MigrateOutcome outcome, std::string error) {
     case MigrateOutcome::RolledBack:
     case MigrateOutcome::Failed: {
       const bool runs = source->guest_running && own.state != HandoverState::Fenced && !source_qemu_dead();
-      result.guest = own.owner != Owner::Self ? GuestPlace::Unknown
-                     : runs                   ? GuestPlace::RunningSource
-                                              : GuestPlace::PausedSource;
+      result.guest = own.owner != Owner::Self || !source->guest_seen ? GuestPlace::Unknown
+                     : runs                                          ? GuestPlace::RunningSource
+                                                                     : GuestPlace::PausedSource;
       break;
     }
   }
@@ -568,13 +569,14 @@ void CoordinatorImpl::finish(MigrateOutcome outcome, std::string error) {
   result.raw_bytes_disk = progress_now.raw_bytes_disk;
   result.raw_bytes_memory = progress_now.raw_bytes_memory;
   result.error = std::move(error);
+  explain_unknown(result);
   source->poll.cancel();
   source->round.cancel();
   source->deadline.cancel();
   source->limit.cancel();
-  enter(outcome == MigrateOutcome::Done         ? MigratePhase::Done
-        : outcome == MigrateOutcome::RolledBack ? MigratePhase::RolledBack
-                                                : MigratePhase::Failed);
+  enter(result.outcome == MigrateOutcome::Done         ? MigratePhase::Done
+        : result.outcome == MigrateOutcome::RolledBack ? MigratePhase::RolledBack
+                                                       : MigratePhase::Failed);
   last_result = result;
   const MigrateDone done = std::move(source->done);
   source->done = nullptr;

@@ -281,7 +281,8 @@ void Scenario::round_of_migration() {
   MigrateRequest request;
   request.downtime_limit = 300 * kMillisecond;
   request.timeout = 20 * kSecond;
-  source.group()->migrate(request, [this](const MigrateResult& result) { result_ = result; });
+  const Status begun = source.group()->migrate(request, [this](const MigrateResult& result) { result_ = result; });
+  if (!begun) result_ = MigrateResult{.error = begun.error().text};
 
   static constexpr Aim kAims[] = {
       {false, HandoverState::Migrating}, {false, HandoverState::Fenced},  {false, HandoverState::GoSent},

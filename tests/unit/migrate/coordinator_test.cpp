@@ -138,6 +138,33 @@ TEST(Coordinator, DestinationThatWasUsedIsRefusedBeforeTheGuestStops) {
   EXPECT_EQ(world.state(world.peer()), HandoverState::Secondary);
 }
 
+// A QEMU that nobody could ask says nothing about its guest.
+TEST(Coordinator, SourceQemuThatDoesNotAnswerLeavesThePlaceOfTheGuestUnknown) {
+  World world;
+  world.kill_qemu(world.source());
+  world.migrate();
+  ASSERT_TRUE(world.run_until([&] { return world.result.has_value(); }));
+  EXPECT_EQ(world.result->outcome, MigrateOutcome::Failed);
+  EXPECT_EQ(world.result->owner, "source");
+  EXPECT_EQ(world.result->guest, GuestPlace::Unknown);
+  EXPECT_THAT(world.result->error, HasSubstr("vmferry resolve"));
+}
+
+// An operator who pauses the guest and then gives the migration up must not read that it runs.
+TEST(Coordinator, GuestPausedBeforeTheAttemptIsReportedPaused) {
+  World world;
+  world.predicted_bytes = 100'000'000;  // never small enough for an attempt
+  world.migrate();
+  world.run_for(2 * kSecond);
+  world.source().qemu()->run = RunState::Paused;
+  world.source().daemon->qemu.tell_run(RunState::Paused);
+  world.run_for(100 * kMillisecond);
+  ASSERT_TRUE(world.source().daemon->coordinator->cancel());
+  ASSERT_TRUE(world.run_until([&] { return world.result.has_value(); }));
+  EXPECT_EQ(world.result->outcome, MigrateOutcome::RolledBack);
+  EXPECT_EQ(world.result->guest, GuestPlace::PausedSource);
+}
+
 TEST(Coordinator, SecondMigrationAtTheSameTimeIsBusy) {
   World world;
   world.migrate();

@@ -45,6 +45,33 @@ TEST(MigrateResult, WordsAreThoseOfTheContract) {
   EXPECT_EQ(nlohmann::json::parse(to_json_line(result))["guest"], "paused-source");
 }
 
+// `unknown` without a way out leaves the operator alone with a guest that may not run.
+TEST(MigrateResult, UnknownGoesWithFailedAndNamesTheCommand) {
+  for (const auto& [owner, guest] : {std::pair{"unknown", GuestPlace::Unknown},
+                                     {"peer", GuestPlace::Unknown},
+                                     {"unknown", GuestPlace::PausedSource}}) {
+    MigrateResult result;
+    result.outcome = MigrateOutcome::RolledBack;
+    result.owner = owner;
+    result.guest = guest;
+    result.error = "why";
+    explain_unknown(result);
+    EXPECT_EQ(result.outcome, MigrateOutcome::Failed);
+    EXPECT_TRUE(result.error.starts_with("why; ")) << result.error;
+    EXPECT_NE(result.error.find("vmferry resolve"), std::string::npos) << result.error;
+    const std::string once = result.error;
+    explain_unknown(result);
+    EXPECT_EQ(result.error, once);
+  }
+  MigrateResult known;
+  known.outcome = MigrateOutcome::RolledBack;
+  known.guest = GuestPlace::PausedSource;
+  known.error = "why";
+  explain_unknown(known);
+  EXPECT_EQ(known.outcome, MigrateOutcome::RolledBack);
+  EXPECT_EQ(known.error, "why");
+}
+
 // Error texts come from QEMU and the peer: whatever is in them, the line stays one line of valid JSON.
 TEST(MigrateResult, TextThatIsNotUtf8DoesNotBreakTheLine) {
   MigrateResult result;

@@ -42,7 +42,7 @@ PreflightFacts good_facts() {
                   .medium = "seed.iso",
                   .nbd_without_reconnect = false}};
   facts.source = qemu;
-  facts.source.running_or_paused = true;
+  facts.source.running = true;
   facts.destination = qemu;
   facts.destination.fresh = true;
   facts.staging_free_there = 1 << 30;
@@ -81,7 +81,7 @@ TEST(Preflight, EachObstacleIsOneProblemThatNamesIt) {
       {"role there", [](PreflightFacts& f) { f.volumes[0].secondary_there = false; }, "not secondary"},
       {"foreign data", [](PreflightFacts& f) { f.volumes[0].foreign_data_there = true; }, "--overwrite-peer"},
       {"source gone", [](PreflightFacts& f) { f.source.reachable = false; }, "does not answer"},
-      {"source stopped", [](PreflightFacts& f) { f.source.running_or_paused = false; }, "neither running"},
+      {"source stopped", [](PreflightFacts& f) { f.source.running = false; }, "neither running"},
       {"blocked", [](PreflightFacts& f) { f.source.blocked_reasons = {"9p"}; }, "9p"},
       {"destination gone", [](PreflightFacts& f) { f.destination.reachable = false; }, "does not answer"},
       {"destination used", [](PreflightFacts& f) { f.destination.fresh = false; }, "-incoming defer"},
@@ -128,6 +128,55 @@ TEST(Preflight, DisconnectedPeerIsTheOnlyThingSaid) {
   facts.peer_connected = false;
   facts.destination = {};
   EXPECT_THAT(preflight(facts).problems, ElementsAre(HasSubstr("not connected")));
+}
+
+// Why nothing is known of the peer is said in its own words, and nothing is guessed beside it.
+TEST(Preflight, TroubleWithThePeerIsTheOnlyThingSaid) {
+  PreflightFacts facts = good_facts();
+  facts.peer_connected = false;
+  facts.peer_trouble = "there is no peer 'b'";
+  facts.destination = {};
+  EXPECT_THAT(preflight(facts).problems, ElementsAre("there is no peer 'b'"));
+}
+
+TEST(Preflight, APausedGuestCanMove) {
+  PreflightFacts facts = good_facts();
+  facts.source.running = false;
+  facts.source.paused = true;
+  EXPECT_TRUE(preflight(facts).ok());
+}
+
+// A refusal that says "running-source" of a guest that is paused, or at the peer, makes a script act on the wrong host.
+TEST(Preflight, PlaceOfTheGuestIsTakenFromTheQemuOfTheOwner) {
+  const PreflightFacts facts = good_facts();
+  Ownership own;
+  EXPECT_EQ(guest_place(own, facts), GuestPlace::RunningSource);
+  PreflightFacts paused = facts;
+  paused.source.running = false;
+  paused.source.paused = true;
+  EXPECT_EQ(guest_place(own, paused), GuestPlace::PausedSource);
+  PreflightFacts stopped = facts;  // by an error of its disk: neither word, but it does not run
+  stopped.source.running = false;
+  EXPECT_EQ(guest_place(own, stopped), GuestPlace::PausedSource);
+  PreflightFacts waiting = stopped;
+  waiting.source.fresh = true;
+  EXPECT_EQ(guest_place(own, waiting), GuestPlace::Unknown);
+  EXPECT_EQ(guest_place(own, {}), GuestPlace::Unknown) << "a QEMU that does not answer";
+
+  Ownership follows;
+  follows.role = Role::Secondary;
+  follows.owner = Owner::Peer;
+  follows.state = HandoverState::Secondary;
+  EXPECT_EQ(guest_place(follows, facts), GuestPlace::Unknown) << "the peer's QEMU does not run";
+  PreflightFacts there = facts;
+  there.destination.running = true;
+  EXPECT_EQ(guest_place(follows, there), GuestPlace::RunningPeer);
+  follows.state = HandoverState::Superseded;
+  EXPECT_EQ(guest_place(follows, there), GuestPlace::RunningPeer);
+  Ownership doubt;
+  doubt.owner = Owner::Unknown;
+  doubt.state = HandoverState::GoSent;
+  EXPECT_EQ(guest_place(doubt, there), GuestPlace::Unknown);
 }
 
 TEST(Preflight, WarningsDoNotRefuse) {

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations that are refused, given up or cancelled: the guest stays where it is, and the result says where that is."""
+
+import unittest
+
+from migration_support import Lab, MigrationCase, VmferryError, Workload, wait_until
+
+
+class RefusalTest(MigrationCase):
+    def assert_runs_at_source(self, lab: Lab) -> None:
+        self.assertEqual(lab.daemons["a"].volume_status("vda")["handover_state"], "own")
+        self.assertFalse(lab.daemons["b"].volume_status("vda")["may_run"])
+        self.assertEqual(lab.guests["a"].qmp.status(), "running")
+
+    def refused(self, lab: Lab, *options, **guest_options) -> str:
+        """The error of a migration that must fail before anything was changed."""
+        outcome = lab.migrate("a", "b", *options, guest_options=guest_options)
+        self.assertEqual((outcome.status, outcome.result["result"], outcome.result["owner"], outcome.result["guest"]),
+                         (1, "failed", "source", "running-source"), outcome)
+        self.assert_runs_at_source(lab)
+        return outcome.result["error"]
+
+    def test_what_cannot_work_is_refused_before_it_begins(self):
+        # A migration that fails half-way for a reason known beforehand costs the operator an hour of link.
+        with self.lab() as lab:
+            lab.start_guest("a")
+            a = lab.daemons["a"]
+            with self.assertRaises(VmferryError) as nobody:
+                a.vmferry("migrate", "vda", "--peer", "nobody")
+            self.assertEqual(nobody.exception.status, 1)
+            self.assertIn("nobody", nobody.exception.output["error"])
+            with self.assertRaises(VmferryError) as no_destination:
+                a.vmferry("migrate", "vda", "--peer", "b")
+            self.assertEqual(no_destination.exception.output["result"], "failed")
+            self.assertEqual(no_destination.exception.output["guest"], "running-source")
+            self.assertIn("machine type", self.refused(lab, machine="pc"))
+            self.assertIn("CPU model", self.refused(lab, cpu="max"))
+            self.assertIn("memory is", self.refused(lab, memory_mb=128))
+            spare = self.folder / "spare.img"
+            spare.write_bytes(bytes(1 << 20))
+            self.assertIn("exists only in the QEMU at peer", self.refused(lab, extra_args=(
+                "-drive", f"if=none,id=spare,file={spare},format=raw", "-device", "virtio-blk-pci,drive=spare")))
+            self.assertRegex(self.refused(lab, "--downtime-limit", "1ms"), "pause cannot be shorter than [0-9]+ ms.*--downtime-limit [0-9]+00ms")
+            lab.start_guest("b", incoming=True)
+            dry = a.vmferry("migrate", "vda", "--peer", "b", "--dry-run")
+            self.assertGreater(dry["pause_ms_min"], 10)
+            self.assert_runs_at_source(lab)
+
+    def refusal(self, lab: Lab, side: str) -> dict:
+        """What a migration from this side, which must be refused, says at its end."""
+        with self.assertRaises(VmferryError) as refused:
+            lab.daemons[side].vmferry("migrate", "vda", "--peer", "b" if side == "a" else "a")
+        self.assertEqual((refused.exception.status, refused.exception.output["result"]), (1, "failed"))
+        return refused.exception.output
+
+    def test_a_refusal_says_who_owns_the_guest_and_where_it_is(self):
+        # A script that reads "running-source" at the copy, or of a guest that is paused, acts on the wrong host.
+        with self.lab(disk_size="64M", fill=None, workload=Workload(mode="none", mem="0")) as lab:
+            guest = lab.start_guest("a")
+            for state, place in (("running", "running-peer"), ("paused", "unknown")):
+                if state == "paused":
+                    guest.qmp.command("stop")
+                found = self.refusal(lab, "a")  # no QEMU waits at b
+                self.assertEqual((found["owner"], found["guest"]), ("source", f"{state}-source"), found)
+                self.assertNotIn("resolve", found["error"])
+                found = self.refusal(lab, "b")
+                self.assertEqual((found["owner"], found["guest"]), ("peer", place), found)
+                self.assertIn("not primary here", found["error"])
+                self.assertEqual("vmferry resolve" in found["error"], place == "unknown", found)
+            guest.kill()
+            found = self.refusal(lab, "a")
+            self.assertEqual((found["owner"], found["guest"]), ("source", "unknown"), found)
+            self.assertIn("vmferry resolve", found["error"])
+
+    def test_a_destination_that_cannot_load_the_stream_leaves_the_guest_at_the_source(self):
+        # Preflight does not see every device; the guest must survive what is found at the very end, and the next try
+        # with a right destination must work.
+        with self.lab() as lab:
+            lab.start_guest("a", extra_args=("-device", "virtio-balloon-pci"))
+            outcome = lab.migrate("a", "b", "--timeout", "1m")
+            self.assertEqual((outcome.status, outcome.result["result"], outcome.result["owner"], outcome.result["guest"]),
+                             (1, "rolled-back", "source", "running-source"), outcome)
+            self.assertIn("could not load", outcome.result["error"])
+            wait_until(lambda: lab.daemons["a"].volume_status("vda")["handover_state"] == "own", 20, "own again")
+            self.assert_runs_at_source(lab)
+            wait_until(lambda: not lab.guests["b"].alive(), 20, "the destination QEMU that failed was ended")
+            outcome = lab.migrate("a", "b", "--quit-source", guest_options={"extra_args": ("-device", "virtio-balloon-pci")})
+            self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
+            self.assert_nothing_lost(lab, "b")
+
+    def test_cancel_in_bulk_and_in_precopy_leaves_the_guest_running(self):
+        # Somebody who needs the link for something else must get it back at once, and lose nothing but time.
+        with self.lab(rate="100Mbit") as lab:
+            lab.start_guest("a")
+            for phase in ("bulk", "precopy"):
+                def cancel(_process, phase=phase):
+                    wait_until(lambda: self.phase(lab) == phase, 90, phase)
+                    lab.daemons["a"].vmferry("migrate", "cancel")
+                outcome = lab.migrate("a", "b", "--timeout", "3m", during=cancel)
+                self.assertEqual((outcome.status, outcome.result["result"], outcome.result["guest"]),
+                                 (1, "rolled-back", "running-source"), (phase, outcome))
+                self.assertIn("cancelled by the operator", outcome.result["error"])
+                self.assertLess(outcome.gap_ms, 2000, phase)
+                self.assert_runs_at_source(lab)
+            with self.assertRaises(VmferryError) as nothing:
+                lab.daemons["a"].vmferry("migrate", "cancel")
+            self.assertIn("no migration is under way", nothing.exception.stderr)
+            outcome = lab.migrate("a", "b", "--quit-source", "--timeout", "3m")
+            self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
+            self.assert_nothing_lost(lab, "b")
+
+    def phase(self, lab: Lab) -> str:
+        migrations = lab.daemons["a"].vmferry("migrate", "status")["migrations"]
+        return next((m["phase"] for m in migrations if m["under_way"]), "")
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
