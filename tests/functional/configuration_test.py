@@ -262,7 +262,7 @@ class HelpAndJson(DaemonCase):
 
     def test_a_migration_that_was_never_begun_prints_its_error_and_ends_with_1(self):
         # A script that goes by the status would move the guest's address; and nobody knows where the guest of a volume
-        # is that does not exist.
+        # is that does not exist. What it reads has all its members, whoever could not answer.
         a, b = self.two_daemons(4 * MIB)
         for words, error in ((["vda", "--peer", "b"], "QMP"), (["vda", "--peer", "nobody"], "no peer 'nobody'"),
                              (["vdx", "--peer", "b"], "vdx")):
@@ -272,13 +272,35 @@ class HelpAndJson(DaemonCase):
                     done = run(*command, check=False)
                     value = json.loads(done.stdout)
                     self.assertEqual((done.returncode, value["result"]), (1, "failed"), done)
-                    if words[0] == "vdx":
-                        self.assertEqual(set(value), {"result", "error", "kind"})
+                    self.assert_whole_result(value)
+                    self.assertEqual(value["owner"], "unknown" if words[0] == "vdx" else "source", value)
+                    self.assertEqual(value["guest"], "unknown")
+                    self.assertIn("vmferry resolve", value["error"])
+                    self.assertIn("vmferry status", value["error"])
                     self.assertIn(error, value["error"])
                     plain = run(*[w for w in command if w != "--json"], check=False)
                     self.assertEqual((plain.returncode, plain.stdout), (1, ""), plain)
                     self.assertIn(error, plain.stderr)
                     self.assertNotIn("running-source", plain.stderr)
+
+    def assert_whole_result(self, value: dict) -> None:
+        self.assertEqual(set(value), {"result", "owner", "guest", "total_s", "downtime_ms", "rounds", "wire_bytes", "raw_bytes", "error"})
+        for figures in (value["wire_bytes"], value["raw_bytes"]):
+            self.assertEqual(set(figures), {"disk", "memory"})
+            self.assertTrue(all(isinstance(figure, int) for figure in figures.values()), value)
+        self.assertTrue(all(isinstance(value[name], (int, float)) for name in ("total_s", "downtime_ms", "rounds")), value)
+
+    def test_a_migration_without_a_daemon_still_ends_with_its_object(self):
+        # A script parses the line before it knows that nobody answered.
+        for words in (["migrate", "vda", "--peer", "b"], ["migrate", "watch", "vda"]):
+            done = run(VMFERRY, "--control", "unix:/nonexistent", "--json", *words, check=False)
+            value = json.loads(done.stdout)
+            self.assertEqual((done.returncode, value["result"], value["owner"], value["guest"]),
+                             (1, "failed", "unknown", "unknown"), done)
+            self.assert_whole_result(value)
+            for text in ("no vmferryd answers", "vmferry status", "vmferry resolve vda"):
+                self.assertIn(text, value["error"])
+            self.assertIn(value["error"], done.stderr)
 
     def test_the_contract_of_status(self):
         # Scripts outside rely on these members.

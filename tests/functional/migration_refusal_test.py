@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Migrations that are refused, given up or cancelled: the guest stays where it is, and the result says where that is."""
 
+import time
 import unittest
 
 from migration_support import Lab, MigrationCase, VmferryError, Workload, wait_until
@@ -108,6 +109,28 @@ class RefusalTest(MigrationCase):
             outcome = lab.migrate("a", "b", "--quit-source", "--timeout", "3m")
             self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
             self.assert_nothing_lost(lab, "b")
+
+    def test_a_source_daemon_that_dies_in_precopy_leaves_the_guest_and_a_whole_result(self):
+        # A script that waits for the result gets one that it can read and that says how to go on.
+        with self.lab(disk_size="64M", fill=None, workload=Workload(mode="none", mem="64M"), rate="100Mbit") as lab:
+            lab.start_guest("a")
+            a = lab.daemons["a"]
+
+            def kill(_process):
+                self.assertTrue(a.wait_phase("precopy"))
+                time.sleep(0.5)
+                a.kill()
+
+            outcome = lab.migrate("a", "b", "--timeout", "2m", during=kill)
+            self.assertEqual((outcome.status, outcome.result["result"], outcome.result["owner"], outcome.result["guest"]),
+                             (1, "failed", "unknown", "unknown"), outcome)
+            self.assert_whole_result(outcome.result)
+            self.assertGreater(outcome.result["total_s"], 0)  # of the last that was heard
+            for text in ("closed the connection", "vmferry status", "vmferry resolve vda"):
+                self.assertIn(text, outcome.result["error"])
+            a.start()
+            wait_until(lambda: a.volume_status("vda")["handover_state"] == "own", 30, "rolled back")
+            self.assert_runs_at_source(lab)
 
     def phase(self, lab: Lab) -> str:
         migrations = lab.daemons["a"].vmferry("migrate", "status")["migrations"]

@@ -21,6 +21,13 @@ class MigrationCase(unittest.TestCase):
         settings = {"disk_size": "256M", "fill": "100M", "memory_mb": 256, "workload": LOAD, "rate": "1Gbit", "rtt": "20ms"}
         return Lab(self.folder, BUILD, **{**settings, **options})
 
+    def assert_whole_result(self, result: dict) -> None:
+        """Every member of the contract, and no other."""
+        self.assertEqual(set(result), {"result", "owner", "guest", "total_s", "downtime_ms", "rounds", "wire_bytes",
+                                       "raw_bytes", "error"})
+        for figures in (result["wire_bytes"], result["raw_bytes"]):
+            self.assertEqual(set(figures), {"disk", "memory"})
+
     def assert_nothing_lost(self, lab: Lab, side: str) -> None:
         found = lab.check(side)
         self.assertTrue(found["ok"], found)

@@ -23,22 +23,61 @@ struct MigrateOptions {
   bool overwrite_peer = false;
 };
 
-int print_result(const Context& context, const Result<Json>& result) {
-  if (!result) return report(context, result.error());
-  // Where the guest is was not looked at before a refusal; there may not even be such a volume.
-  const bool begun = result->value("begun", true);
+// The one object that ends a migration (docs/operations.md): these members, always, and no others.
+Json whole_result(const Json& said) {
+  const Json none{{"disk", 0}, {"memory", 0}};
+  Json whole{{"result", "failed"}, {"owner", "unknown"}, {"guest", "unknown"}, {"total_s", 0.0},  {"downtime_ms", 0.0},
+             {"rounds", 0},        {"wire_bytes", none}, {"raw_bytes", none},  {"error", nullptr}};
+  for (const auto& [key, value] : whole.items()) {
+    if (const auto known = said.find(key); known != said.end()) value = *known;
+  }
+  return whole;
+}
+
+// What the command shows while it waits, and what it knows when the daemon dies meanwhile.
+struct Followed {
+  explicit Followed(bool silent) : line(silent) {}
+  void show(const Json& progress) {
+    last = progress;
+    line.show(migration_line(progress));
+  }
+  ProgressLine line;
+  Json last = Json::object();
+};
+
+// The daemon has not answered, or there is none: nobody here knows where the guest is, or there is no such guest.
+int print_unanswered(const Context& context, const Error& error, const Json& last, const std::string& volume) {
+  const bool silent = error.kind == ErrorKind::Unavailable;
+  const std::string text =
+      error.text + (silent ? fmt::format("; `vmferry status` on both sides tells which one may run the guest, and "
+                                         "`vmferry resolve {}` decides should one of them be lost for good",
+                                         volume)
+                           : "; nothing was begun: `vmferry status` lists what is served here, and there is nothing "
+                             "for `vmferry resolve` to decide");
+  std::fprintf(stderr, "vmferry: %s\n", text.c_str());
+  if (context.json) {
+    Json whole = whole_result(last);
+    whole["total_s"] = last.value("elapsed_s", 0.0);
+    whole["error"] = text;
+    print_json(whole);
+  }
+  return kFailed;
+}
+
+int print_result(const Context& context, const Json& result) {
+  const bool begun = result.value("begun", true);  // a refusal is told in one line
   if (context.json)
-    print_json(*result);
+    print_json(whole_result(result));
   else if (begun)
-    print_migration_result(*result);
-  if (cell(*result, "result") == "done") return kDone;
-  if (context.json || !begun) std::fprintf(stderr, "vmferry: %s\n", cell(*result, "error").c_str());
+    print_migration_result(result);
+  if (cell(result, "result") == "done") return kDone;
+  if (context.json || !begun) std::fprintf(stderr, "vmferry: %s\n", cell(result, "error").c_str());
   return kFailed;
 }
 
 int migrate(const Context& context, const MigrateOptions& options) {
   Client client(context.control);
-  ProgressLine progress(context.json);
+  Followed followed(context.json);
   const Json params{{"volumes", options.volumes},
                     {"peer", options.peer},
                     {"qmp", options.qmp},
@@ -50,21 +89,11 @@ int migrate(const Context& context, const MigrateOptions& options) {
                     {"detach", options.detach},
                     {"quit_source", options.quit_source},
                     {"overwrite_peer", options.overwrite_peer}};
-  const auto result =
-      client.call("migrate.start", params, [&](const Json& value) { progress.show(migration_line(value)); });
-  progress.finish();
+  const auto result = client.call("migrate.start", params, [&](const Json& value) { followed.show(value); });
+  followed.line.finish();
   if (!result) {
-    // A migration always ends with its one object. When it was refused before it began nobody looked where the guest is
-    // (there may not even be such a volume), and nothing is claimed; when the daemon is gone, nobody knows.
-    if (context.json && result.error().kind != ErrorKind::InvalidArgument) {
-      Json object{
-          {"result", "failed"}, {"error", result.error().text}, {"kind", std::string(to_string(result.error().kind))}};
-      if (result.error().kind == ErrorKind::Unavailable) object.update({{"owner", "unknown"}, {"guest", "unknown"}});
-      print_json(object);
-      std::fprintf(stderr, "vmferry: %s\n", result.error().text.c_str());
-      return kFailed;
-    }
-    return report(context, result.error());
+    if (result.error().kind == ErrorKind::InvalidArgument) return report(context, result.error());
+    return print_unanswered(context, result.error(), followed.last, options.volumes.front());
   }
   const std::string outcome = cell(*result, "result");
   if (outcome == "possible" || outcome == "started") {
@@ -81,7 +110,19 @@ int migrate(const Context& context, const MigrateOptions& options) {
     }
     return kDone;
   }
-  return print_result(context, result);
+  return print_result(context, *result);
+}
+
+int watch_migration(const Context& context, const std::vector<std::string>& names) {
+  Client client(context.control);
+  Followed followed(context.json);
+  const auto result =
+      client.call("migrate.watch", {{"volumes", names}}, [&](const Json& value) { followed.show(value); });
+  followed.line.finish();
+  if (result) return print_result(context, *result);
+  // No migration to watch is an answer; no answer may be the end of one.
+  if (result.error().kind != ErrorKind::Unavailable) return report(context, result.error());
+  return print_unanswered(context, result.error(), followed.last, names.empty() ? "VOLUME" : names.front());
 }
 
 }  // namespace
@@ -130,15 +171,8 @@ void add_migrate_commands(CLI::App& app, Context& context) {
                                  });
   cancel->add_option("VOLUME", *names, "volumes (default: the only migration)");
 
-  CLI::App* watch = add_command(
-      *command, context, "watch", "Follows the migration to its end", "vmferry migrate watch", [names, &context] {
-        Client client(context.control);
-        ProgressLine progress(context.json);
-        const auto result = client.call("migrate.watch", {{"volumes", *names}},
-                                        [&](const Json& value) { progress.show(migration_line(value)); });
-        progress.finish();
-        return print_result(context, result);
-      });
+  CLI::App* watch = add_command(*command, context, "watch", "Follows the migration to its end", "vmferry migrate watch",
+                                [names, &context] { return watch_migration(context, *names); });
   watch->add_option("VOLUME", *names, "volumes (default: the only migration)");
 
   const auto estimate = make_options<MigrateOptions>();
