@@ -44,6 +44,16 @@ void add_volumes(Daemon& daemon, MetricsText& out) {
   }
 }
 
+void add_migrations(Daemon& daemon, MetricsText& out) {
+  for (Group* group : daemon.groups()) {
+    const std::string phase(to_string(group->coordinator().phase()));
+    for (const std::string& name : group->record().members) {
+      out.gauge("vmferry_migration_phase", "1, with the phase as a label; of the running or the last migration.",
+                {{"volume", name}, {"phase", phase}}, 1);
+    }
+  }
+}
+
 void add_replication(Daemon& daemon, MetricsText& out) {
   for (const Group* group : daemon.groups()) {
     for (const Json& entry : group->replication_status()) {
@@ -83,6 +93,7 @@ std::string metrics_text(Daemon& daemon) {
   out.gauge("vmferry_build_info", "1, with the version as a label.", {{"version", VMFERRY_VERSION}}, 1);
   add_volumes(daemon, out);
   add_replication(daemon, out);
+  add_migrations(daemon, out);
   add_peers(daemon, out);
   return out.text();
 }

@@ -22,6 +22,7 @@ Json failed_json(Daemon& daemon, const std::string& name, const FailedVolume& fa
           {"attempt", ownership.attempt.is_none() ? Json(nullptr) : Json(ownership.attempt.to_string())},
           {"handover_state", std::string(to_string(ownership.state))},
           {"may_run", false},
+          {"phase", std::string(to_string(MigratePhase::Idle))},
           {"split_brain", ownership.split_brain},
           {"reason", "the volume has failed: " + failed.reason},
           {"peer", record != nullptr ? record->peer : ""},
@@ -49,6 +50,8 @@ Json status_json(Daemon& daemon) {
                {"attempt", ownership.attempt.is_none() ? Json(nullptr) : Json(ownership.attempt.to_string())},
                {"handover_state", std::string(to_string(ownership.state))},
                {"may_run", may_run(ownership)},
+               {"phase", std::string(to_string(group != nullptr && group->is_open() ? group->coordinator().phase()
+                                                                                    : MigratePhase::Idle))},
                {"split_brain", ownership.split_brain},
                {"reason", reason},
                {"peer", record->peer},

@@ -40,6 +40,9 @@ Status HandoverCoordinator::cancel() {
 bool HandoverCoordinator::migrating() const {
   return impl_->source != nullptr && impl_->source->done != nullptr;
 }
+MigratePhase HandoverCoordinator::phase() const {
+  return impl_->phase();
+}
 MigrateProgress HandoverCoordinator::progress() const {
   return impl_->progress();
 }

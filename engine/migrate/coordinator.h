@@ -120,6 +120,9 @@ class HandoverCoordinator {
   Status migrate(const MigrateRequest& request, MigrateDone done);
   Status cancel();  // Fenced after GO: refused with the reason
   bool migrating() const;
+  // Of the attempt that the record names, also at the destination and after a restart; else of the last migration from
+  // here.
+  MigratePhase phase() const;
   MigrateProgress progress() const;
   std::optional<MigrateResult> last_result() const;
 

@@ -51,6 +51,7 @@ struct CoordinatorImpl {
   Status migrate(const MigrateRequest& request, MigrateDone done);
   Status cancel(const std::string& reason);
   MigrateProgress progress() const;
+  MigratePhase phase() const;
   void enter(MigratePhase phase);
   void check_source_qemu();
   void start_rounds();

@@ -518,6 +518,29 @@ Status CoordinatorImpl::cancel(const std::string& reason) {
   return {};
 }
 
+MigratePhase CoordinatorImpl::phase() const {
+  switch (own.state) {
+    case HandoverState::Prepared:
+      return peer && peer->fence_noticed ? MigratePhase::Switchover : MigratePhase::Precopy;
+    case HandoverState::Primary:
+    case HandoverState::Started:
+      return MigratePhase::Handover;
+    default:
+      break;
+  }
+  if (source && source->phase != MigratePhase::Idle) return source->phase;
+  switch (own.state) {  // the daemon restarted
+    case HandoverState::Migrating:
+      return MigratePhase::Precopy;
+    case HandoverState::Fenced:
+      return MigratePhase::Switchover;
+    case HandoverState::GoSent:
+      return MigratePhase::Handover;
+    default:
+      return MigratePhase::Idle;
+  }
+}
+
 MigrateProgress CoordinatorImpl::progress() const {
   MigrateProgress progress;
   if (!source || source->phase == MigratePhase::Idle) return progress;

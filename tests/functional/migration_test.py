@@ -6,7 +6,10 @@ the way: faults_test.py.
 """
 
 import filecmp
+import json
 import os
+import re
+import subprocess
 import time
 import unittest
 from pathlib import Path
@@ -77,12 +80,39 @@ class ThereAndBackTest(MigrationCase):
 
     def test_two_volumes_move_as_one(self):
         # A guest whose second disk is of another moment than its first has lost its order of writes.
-        with self.lab(volumes=2) as lab:
+        with self.lab(volumes=2, metrics=True) as lab:
             lab.start_guest("a")
-            outcome = lab.migrate("a", "b", "--quit-source")
+            seen = {"status of a": set(), "status of b": set(), "metrics": set()}
+
+            def watch(process):
+                while process.poll() is None:
+                    for side in ("a", "b"):
+                        phases = {v["phase"] for v in lab.daemons[side].vmferry("status")["volumes"]}
+                        seen[f"status of {side}"] |= phases
+                    seen["metrics"] |= self.phases_in_metrics(lab)
+
+            outcome = lab.migrate("a", "b", "--quit-source", during=watch)
             self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
+            # Short ones may fall between two looks; the events have them all.
+            for place, phases in seen.items():
+                self.assertLessEqual({"precopy"} if place == "status of b" else {"bulk", "precopy"}, phases, (place, seen))
+            self.assertEqual({v["phase"] for v in lab.daemons["a"].vmferry("status")["volumes"]}, {"done"})
+            self.assertEqual(self.phases_in_metrics(lab), {"done"})
+            self.assertEqual(self.phases_in_events(lab), ["preflight", "bulk", "converge", "precopy", "switchover",
+                                                          "handover", "running", "done"])
             self.assertEqual({v["role"] for v in lab.daemons["b"].vmferry("status")["volumes"]}, {"primary"})
             self.assert_nothing_lost(lab, "b")
+
+    def phases_in_metrics(self, lab: Lab) -> set:
+        # Those that are being formed into one group have no phase for a moment.
+        found = re.findall(r'vmferry_migration_phase\{volume="vd[ab]",phase="([a-z-]+)"\} 1\n', lab.scrape("a"))
+        self.assertIn(len(found), (0, 1, 2))
+        return set(found)
+
+    def phases_in_events(self, lab: Lab) -> list:
+        done = subprocess.run(lab.daemons["a"].vmferry_command("events"), text=True, capture_output=True, check=True)
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        return [event["phase"] for event in events if event["event"] == "migration_phase"]
 
     def test_background_returns_at_once_and_detach_leaves_nothing_behind(self):
         # A script that starts a migration and goes on must be able to follow and find its end; and a host that is to be

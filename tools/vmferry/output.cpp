@@ -115,10 +115,10 @@ void print_status(const Json& status) {
   std::vector<std::vector<std::string>> rows;
   for (const Json& volume : status.value("volumes", Json::array())) {
     rows.push_back({cell(volume, "name"), cell(volume, "state"), cell(volume, "role"), cell(volume, "owner"),
-                    cell(volume, "term"), cell(volume, "handover_state"), cell(volume, "may_run"),
-                    cell(volume, "reason")});
+                    cell(volume, "term"), cell(volume, "handover_state"), cell(volume, "phase"),
+                    cell(volume, "may_run"), cell(volume, "reason")});
   }
-  print_table({"VOLUME", "STATE", "ROLE", "OWNER", "TERM", "HANDOVER", "MAY RUN", "REASON"}, rows);
+  print_table({"VOLUME", "STATE", "ROLE", "OWNER", "TERM", "HANDOVER", "PHASE", "MAY RUN", "REASON"}, rows);
 }
 
 void print_event(const Json& event) {

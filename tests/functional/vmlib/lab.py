@@ -21,6 +21,7 @@ from .daemons import Daemon, Wan, pair
 from .guest import Guest, NbdDisk, VhostDisk, Workload
 
 PORT = 4411
+METRICS_PORT = 9411
 
 
 @dataclass
@@ -44,7 +45,8 @@ class Lab:
     def __init__(self, folder, build: Build, *, rate: str = "1Gbit", rtt: str = "20ms", loss: str | None = None,
                  queue: str | None = None, disk_size: str = "256M", fill: str | None = "100M", volumes: int = 1,
                  memory_mb: int = 256, workload: Workload | None = None, qemu: str = "10", wan: bool = True,
-                 log_level: str = "info", volume_options: str = "", vhost: bool = False, disk_options: dict | None = None):
+                 log_level: str = "info", volume_options: str = "", vhost: bool = False, disk_options: dict | None = None,
+                 metrics: bool = False):
         self.folder = Path(folder)
         self.build = build
         self.memory_mb = memory_mb
@@ -58,6 +60,7 @@ class Lab:
         self._disk_size, self._fill = disk_size, fill
         self._log_level, self._volume_options = log_level, volume_options
         self._vhost, self._disk_options = vhost, disk_options or {}
+        self._metrics = metrics
 
     def image(self, side: str, volume: str = "vda") -> Path:
         return self.folder / f"{volume}-{side}.img"
@@ -98,8 +101,17 @@ class Lab:
         export = "vhost-user-blk=" if self._vhost else "nbd=unix:"
         specs = [f"name={v},path={self.image(side, v)},role={role},{export}{self.socket(side, v)},"
                  f"qmp={self.folder / (side + '-qmp-daemon.sock')}{self._volume_options}" for v in self.names]
+        metrics = ["--metrics", end.listen(METRICS_PORT)] if self._metrics else []
         return Daemon(side, self.folder, self.build, specs, listen=listen, namespace=end.namespace if end else None,
-                      log_level=self._log_level)
+                      log_level=self._log_level, extra_args=metrics)
+
+    def scrape(self, side: str) -> str:
+        """The daemon's metrics, asked for inside of its namespace; for a lab with `metrics`."""
+        end = getattr(self.wan, side)
+        fetch = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=10).read().decode())"
+        done = subprocess.run(["ip", "netns", "exec", end.namespace, "/usr/bin/python3", "-c", fetch,
+                               f"http://{end.listen(METRICS_PORT)}/metrics"], text=True, capture_output=True, check=True)
+        return done.stdout
 
     def start_guest(self, side: str, incoming: bool = False, **options) -> Guest:
         """options: of Guest, on top of those that make both sides alike."""

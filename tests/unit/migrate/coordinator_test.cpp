@@ -43,6 +43,29 @@ TEST(Coordinator, GuestMovesAndTheSourceFollows) {
   EXPECT_TRUE(world.source().qemu()->alive) << "the source QEMU stays in postmigrate";
 }
 
+// Whoever watches at the destination, or after a restart, must not read that nothing is under way.
+TEST(Coordinator, PhaseIsToldAtBothSidesAndAfterARestart) {
+  World world;
+  const auto phase = [](Host& host) { return host.daemon->coordinator->phase(); };
+  EXPECT_EQ(phase(world.source()), MigratePhase::Idle);
+  world.migrate();
+  ASSERT_TRUE(world.run_until([&] { return world.state(world.peer()) == HandoverState::Prepared; }));
+  world.run_for(100 * kMillisecond);
+  EXPECT_EQ(phase(world.source()), MigratePhase::Precopy);
+  EXPECT_EQ(phase(world.peer()), MigratePhase::Precopy);
+  ASSERT_TRUE(world.run_until([&] { return phase(world.peer()) == MigratePhase::Switchover; }));
+  EXPECT_EQ(phase(world.source()), MigratePhase::Switchover);
+  ASSERT_TRUE(world.run_until([&] { return phase(world.peer()) == MigratePhase::Handover; }));
+  EXPECT_EQ(phase(world.source()), MigratePhase::Handover);
+  world.kill_daemon(world.source());
+  world.start_daemon(world.source());
+  EXPECT_EQ(phase(world.source()), MigratePhase::Handover);
+  world.connect();
+  ASSERT_TRUE(world.run_until([&] { return world.state(world.source()) == HandoverState::Secondary; }));
+  EXPECT_EQ(phase(world.source()), MigratePhase::Idle);
+  EXPECT_EQ(phase(world.peer()), MigratePhase::Idle);
+}
+
 // The pause that is reported must be the one that the guest had: from its stop to its resume.
 TEST(Coordinator, DowntimeIsFromStopToResume) {
   World world;
