@@ -251,6 +251,7 @@ Json to_json(const Ownership& o) {
           {"detach", o.detach},
           {"quit_source", o.quit_source},
           {"qmp_path", o.qmp_path},
+          {"capabilities", o.capabilities},
           {"qemu", to_json(o.qemu)},
           {"reason", o.reason}};
 }
@@ -270,6 +271,7 @@ Result<Ownership> ownership_from_json(const Json& value) {
   o.detach = fields.flag("detach");
   o.quit_source = fields.flag("quit_source");
   o.qmp_path = fields.text("qmp_path");
+  if (fields.has("capabilities")) o.capabilities = fields.text("capabilities");
   Fields qemu(fields.child("qemu"), "qemu");
   o.qemu.pid = static_cast<int64_t>(qemu.number("pid") & INT64_MAX);
   o.qemu.start_time = qemu.number("start_time");

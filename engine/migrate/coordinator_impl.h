@@ -54,6 +54,7 @@ struct CoordinatorImpl {
   MigratePhase phase() const;
   void enter(MigratePhase phase);
   void check_source_qemu();
+  void ask_capabilities();
   void start_rounds();
   void poll_bulk();
   void run_converge_round();
@@ -88,7 +89,7 @@ struct CoordinatorImpl {
   // --- peer_side.cpp
   struct PeerRun;
   void on_prepare(const PrepareMessage& message);
-  void prepare_with(const PrepareMessage& message, Qemu* qemu, bool fresh);
+  void prepare_with(const PrepareMessage& message, Qemu* qemu, bool fresh, const std::string& capabilities = "");
   void start_incoming();
   void send_prepared_if_ready();
   void on_fence_notice(const FenceNoticeMessage& message);
@@ -124,6 +125,7 @@ struct CoordinatorImpl {
   void cancel_owed();
   void cont_owed();
   void cont_kept(uint64_t term, int tries);
+  void restore_capabilities();
   void stop_qemu();
 
   // --- promotion.cpp
@@ -213,7 +215,8 @@ struct CoordinatorImpl::SourceRun {
   uint64_t memory_rate = 0;
   MemoryFigures earlier_attempts;  // bytes of attempts before this one
   double downtime_ms = 0;
-  uint64_t peer_epoch = 0;  // that the peer took over at
+  uint64_t peer_epoch = 0;   // that the peer took over at
+  std::string capabilities;  // of QEMU, before the first attempt
   std::string error;
 
   Timer poll;

@@ -39,6 +39,7 @@ struct Start {
   bool guest_running = false;
   bool detach = false;
   bool quit_source = false;
+  std::string capabilities{};  // of the QEMU there, now
 };
 // The peer answered PREPARED and QEMU is at pre-switchover: the guest is stopped.
 struct SwitchoverReached {
@@ -80,7 +81,8 @@ struct PrepareReceived {
   ProcessIdentity qemu;
   std::string qmp_path;  // our own for this volume; a path never comes from the other side
   bool guest_was_running = true;
-  bool detach = false;  // the source will not follow
+  bool detach = false;         // the source will not follow
+  std::string capabilities{};  // of the QEMU there, now
 };
 struct GoReceived {
   Id128 attempt{};

@@ -42,6 +42,7 @@ Transition on(const Ownership& current, const event::PrepareReceived& event) {
   next.attempt = event.attempt;
   next.qemu = event.qemu;  // H5
   next.qmp_path = event.qmp_path;
+  next.capabilities = event.capabilities;
   next.guest_was_running = event.guest_was_running;
   next.detach = event.detach;
   next.quit_source = false;

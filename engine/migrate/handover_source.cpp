@@ -49,6 +49,7 @@ Transition on(const Ownership& current, const event::Start& event) {
   next.detach = event.detach;
   next.quit_source = event.quit_source;
   next.qmp_path = event.qmp_path;  // H4
+  next.capabilities = event.capabilities;
   next.qemu = event.qemu;
   return go_to(std::move(next), {ActionKind::SendPrepare});
 }

@@ -45,6 +45,8 @@ struct Ownership {
   bool detach = false;
   bool quit_source = false;
   std::string qmp_path;  // H4
+  // Of the QEMU there, before the attempt: the migration capabilities that were on, as Qemu::capabilities() names them.
+  std::string capabilities;
   ProcessIdentity qemu;  // H5: destination (peer side), source QEMU (source side)
   std::string reason;    // one sentence for status
 };

@@ -17,8 +17,11 @@ void CoordinatorImpl::on_prepare(const PrepareMessage& message) {
     }
     qemu->query([t = alive.token(), this, message, qemu](const Result<QemuState>& state) {
       if (!t()) return;
-      prepare_with(message, qemu,
-                   state && state->run == RunState::InMigrate && state->migration == MigrationState::None);
+      const bool fresh = state && state->run == RunState::InMigrate && state->migration == MigrationState::None;
+      if (!fresh) return prepare_with(message, qemu, false);
+      qemu->capabilities([t, this, message, qemu](const Result<std::string>& on) {
+        if (t()) prepare_with(message, qemu, on.has_value(), on.value_or(""));
+      });
     });
   };
   // Anew, because a fresh QEMU may have taken the socket's path; but never away from one that is being watched.
@@ -26,14 +29,16 @@ void CoordinatorImpl::on_prepare(const PrepareMessage& message) {
   qemu->connect(connected_to);
 }
 
-void CoordinatorImpl::prepare_with(const PrepareMessage& message, Qemu* qemu, bool fresh) {
+void CoordinatorImpl::prepare_with(const PrepareMessage& message, Qemu* qemu, bool fresh,
+                                   const std::string& capabilities) {
   apply(event::PrepareReceived{.attempt = message.attempt,
                                .term = message.term,
                                .qemu_fresh = fresh,
                                .qemu = fresh ? qemu->identity() : ProcessIdentity{},
                                .qmp_path = parts.default_qmp_path,
                                .guest_was_running = message.guest_was_running,
-                               .detach = message.detach},
+                               .detach = message.detach,
+                               .capabilities = capabilities},
         [this, message](const Transition& transition) {
           if (!transition.refused()) return;
           send(MessageType::Prepared,
@@ -336,10 +341,10 @@ void CoordinatorImpl::end_destination(const ProcessIdentity& identity) {
 }
 
 void CoordinatorImpl::announce_guest() {
-  if (!peer || !peer->qemu || peer->announced || own.state != HandoverState::Running || !own.guest_was_running) return;
+  if (!peer || !peer->qemu || peer->announced || own.state != HandoverState::Running) return;
   peer->announced = true;
-  peer->qemu->announce_self([](const Status&) {});
-  peer->qemu->restore_capabilities([](const Status&) {});
+  if (own.guest_was_running) peer->qemu->announce_self([](const Status&) {});
+  restore_capabilities();
 }
 
 void CoordinatorImpl::send_running() {

@@ -83,6 +83,11 @@ class Qemu {
 
   virtual void query(std::function<void(Result<QemuState>)> done) = 0;
 
+  // Those migration capabilities that are on, of all that migrate_out and migrate_in touch; names with commas between.
+  virtual void capabilities(std::function<void(Result<std::string>)> done) = 0;
+  // Back to what capabilities() said before; parameters, too, as far as this daemon has set them.
+  virtual void restore_capabilities(const std::string& on, Done done) = 0;
+
   // Source: sets capabilities and parameters of design section 6, then `migrate` into one end of a socketpair; the
   // other end is returned. QEMU goes on until pre-switchover and waits there.
   virtual void migrate_out(const MigrateOptions& options,
@@ -93,7 +98,6 @@ class Qemu {
   virtual void migrate_cancel(Done done) = 0;
   // Destination: sets capabilities, `stop` (so that it ends paused), `migrate-incoming` from a socketpair.
   virtual void migrate_in(std::function<void(Result<std::unique_ptr<ByteStream>>)> done) = 0;
-  virtual void restore_capabilities(Done done) = 0;
   virtual void announce_self(Done done) = 0;
 
   virtual void stop(Done done) = 0;

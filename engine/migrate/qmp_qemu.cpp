@@ -3,9 +3,6 @@
 
 #include <fcntl.h>
 
-#include <algorithm>
-#include <array>
-
 #include "engine/base/log.h"
 
 namespace vmferry {
@@ -13,20 +10,6 @@ namespace vmferry {
 namespace {
 
 constexpr Nanoseconds kKillTimeout = 10 * kSecond;
-constexpr const char* kSwitchoverBandwidth = "avail-switchover-bandwidth";  // QEMU 8.2
-constexpr uint64_t kBandwidthUnlimited = 1ULL << 40;                        // bytes per second
-constexpr uint64_t kDowntimeLimitMaxMs = 2'000'000;                         // QEMU's own bound
-
-// Design section 6: what the stream engine or the handover cannot live with. Names that a QEMU does not list are not
-// sent.
-constexpr std::array kOff = {
-    "multifd",        "xbzrle",       "compress",     "return-path",     "postcopy-ram",        "postcopy-preempt",
-    "switchover-ack", "block",        "mapped-ram",   "x-ignore-shared", "background-snapshot", "x-colo",
-    "zero-copy-send", "rdma-pin-all", "dirty-bitmaps"};
-
-bool contains(const auto& list, std::string_view name) {
-  return std::any_of(list.begin(), list.end(), [&](const char* entry) { return name == entry; });
-}
 
 }  // namespace
 
@@ -143,51 +126,6 @@ void QmpQemu::query(std::function<void(Result<QemuState>)> done) {
   });
 }
 
-void QmpQemu::set_capabilities(Side side, Done done) {
-  client_.execute("query-migrate-capabilities", nullptr, [this, side, done = std::move(done)](Result<Json> listed) {
-    if (!listed) return done(tl::unexpected(listed.error()));
-    Json wanted = Json::array();
-    Json before = Json::array();
-    for (const Json& entry : *listed) {
-      const std::string name = qmp::text_of(entry, "capability");
-      const bool state = qmp::flag_of(entry, "state");
-      const bool off = contains(kOff, name);
-      const bool on = name == "events" || (name == "pause-before-switchover" && side == Side::Source) ||
-                      (name == "late-block-activate" && side == Side::Destination);
-      if ((on && state) || (off && !state) || (!on && !off)) continue;
-      wanted.push_back({{"capability", name}, {"state", on}});
-      before.push_back({{"capability", name}, {"state", state}});
-    }
-    if (wanted.empty()) return done({});
-    command("migrate-set-capabilities", {{"capabilities", wanted}}, [this, before, done](Status status) {
-      if (status) capabilities_before_.insert(capabilities_before_.begin(), before.begin(), before.end());
-      done(std::move(status));
-    });
-  });
-}
-
-void QmpQemu::set_parameters(const MigrateOptions& options, Done done) {
-  client_.execute("query-migrate-parameters", nullptr, [this, options, done = std::move(done)](Result<Json> now) {
-    if (!now) return done(tl::unexpected(now.error()));
-    Json before = Json::object();
-    for (const char* key : {"downtime-limit", "max-bandwidth", kSwitchoverBandwidth})
-      if (now->is_object() && now->contains(key)) before[key] = (*now)[key];
-    if (parameters_before_.empty()) parameters_before_ = before;
-    const auto limit_ms = static_cast<uint64_t>(std::max<Nanoseconds>(options.downtime_limit, 0) / kMillisecond);
-    const uint64_t bandwidth = options.bandwidth_max == 0 ? kBandwidthUnlimited : options.bandwidth_max;
-    Json wanted{{"downtime-limit", std::min(limit_ms, kDowntimeLimitMaxMs)}, {"max-bandwidth", bandwidth}};
-    knows_switchover_bandwidth_ = before.contains(kSwitchoverBandwidth);
-    if (knows_switchover_bandwidth_ && options.switchover_bandwidth > 0)
-      wanted[kSwitchoverBandwidth] = options.switchover_bandwidth;
-    command("migrate-set-parameters", wanted, done);
-  });
-}
-
-void QmpQemu::set_switchover_bandwidth(uint64_t bytes_per_second) {
-  if (!knows_switchover_bandwidth_) return;
-  command("migrate-set-parameters", {{kSwitchoverBandwidth, bytes_per_second}}, [](const Status&) {});
-}
-
 void QmpQemu::migrate_out(const MigrateOptions& options, StreamDone done) {
   auto setup = std::make_shared<Setup>(Setup{Side::Source, {}, {}, {}, std::move(done)});
   set_capabilities(Side::Source, [this, options, setup](Status status) {
@@ -248,21 +186,8 @@ void QmpQemu::start_channel(std::shared_ptr<Setup> setup) {
 
 void QmpQemu::give_up(std::shared_ptr<Setup> setup, Error error) {
   if (!setup->name.empty()) command("closefd", {{"fdname", setup->name}}, [](Status) {});
-  restore_capabilities([setup, error = std::move(error)](Status) { setup->done(tl::unexpected(error)); });
-}
-
-void QmpQemu::restore_capabilities(Done done) {
-  const Json capabilities = std::exchange(capabilities_before_, Json::array());
-  const Json parameters = std::exchange(parameters_before_, Json::object());
-  const auto set_parameters_back = [this, parameters, done = std::move(done)](Status first) {
-    if (!first || parameters.empty()) {
-      reactor_.post([first, done] { done(first); });
-      return;
-    }
-    command("migrate-set-parameters", parameters, done);
-  };
-  if (capabilities.empty()) return set_parameters_back({});
-  command("migrate-set-capabilities", {{"capabilities", capabilities}}, set_parameters_back);
+  // Its settings are put back by whoever gives the attempt up.
+  reactor_.post([setup, error = std::move(error)] { setup->done(tl::unexpected(error)); });
 }
 
 void QmpQemu::migrate_continue(Done done) {

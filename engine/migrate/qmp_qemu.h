@@ -3,8 +3,8 @@
 // The real Qemu: a QEMU process behind a QMP socket (tested with 7.2 and 10.0).
 //
 // The migration channel is a socketpair whose other end goes to QEMU by getfd (SCM_RIGHTS), so no path and no port is
-// involved. Capabilities are set only where QEMU lists them and only when they differ, and are put back by
-// restore_capabilities(). Threads: the reactor's.
+// involved. Capabilities are set only where QEMU lists them and only when they differ; what they were is kept by the
+// caller, durably, for restore_capabilities(). Threads: the reactor's.
 #pragma once
 
 #include "engine/migrate/process_handle.h"
@@ -23,13 +23,14 @@ class QmpQemu final : public Qemu {
   ProcessIdentity identity() const override;
   ProcessFate fate(const ProcessIdentity& of) const override;
   void query(std::function<void(Result<QemuState>)> done) override;
+  void capabilities(std::function<void(Result<std::string>)> done) override;
+  void restore_capabilities(const std::string& on, Done done) override;
   void migrate_out(const MigrateOptions& options,
                    std::function<void(Result<std::unique_ptr<ByteStream>>)> done) override;
   void set_switchover_bandwidth(uint64_t bytes_per_second) override;
   void migrate_continue(Done done) override;
   void migrate_cancel(Done done) override;
   void migrate_in(std::function<void(Result<std::unique_ptr<ByteStream>>)> done) override;
-  void restore_capabilities(Done done) override;
   void announce_self(Done done) override;
   void stop(Done done) override;
   void cont(Done done) override;
@@ -51,6 +52,7 @@ class QmpQemu final : public Qemu {
   void event(const qmp::Event& event);
   void set_capabilities(Side side, Done done);
   void set_parameters(const MigrateOptions& options, Done done);
+  void restore_parameters(Done done);
   void start_channel(std::shared_ptr<Setup> setup);
   void give_up(std::shared_ptr<Setup> setup, Error error);
   void died();
@@ -61,8 +63,7 @@ class QmpQemu final : public Qemu {
   std::unique_ptr<ProcessHandle> process_;
   ProcessIdentity identity_;
   QemuEvents events_;
-  Json capabilities_before_ = Json::array();  // what restore_capabilities() sets back
-  Json parameters_before_ = Json::object();
+  Json parameters_before_ = Json::object();  // what restore_capabilities() sets back
   bool knows_switchover_bandwidth_ = false;
   uint64_t channel_next_ = 1;
   Done kill_done_;

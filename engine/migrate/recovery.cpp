@@ -151,6 +151,19 @@ void CoordinatorImpl::cont_kept(uint64_t term, int tries) {
   });
 }
 
+// At the end of an attempt, in whatever life of the daemon: the operator's own next migration must find its QEMU as it
+// was. Another QEMU at the socket was never touched.
+void CoordinatorImpl::restore_capabilities() {
+  Qemu* qemu = qemu_for(own.qmp_path);
+  if (!qemu) return;
+  connect_if_needed(qemu, [token = alive.token(), this, qemu](const Status& ok) {
+    if (!token() || !ok || !same_process(qemu->identity(), own.qemu)) return;
+    qemu->restore_capabilities(own.capabilities, [group = options.group](const Status& restored) {
+      if (!restored) log::warn("group={} capabilities of QEMU were not restored: {}", group, restored.error().text);
+    });
+  });
+}
+
 // H7: repeated until QEMU says that the guest is stopped or is dead; volumes that refuse writes do not stop a guest.
 void CoordinatorImpl::stop_qemu() {
   if (may_run(own)) return;

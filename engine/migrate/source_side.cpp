@@ -56,6 +56,15 @@ void CoordinatorImpl::check_source_qemu() {
       return finish(MigrateOutcome::Failed, "the guest is neither running nor paused");
     source->guest_seen = true;
     source->guest_running = state->run == RunState::Running;
+    ask_capabilities();
+  });
+}
+
+void CoordinatorImpl::ask_capabilities() {
+  source->qemu->capabilities([token = alive.token(), this](const Result<std::string>& on) {
+    if (!token() || !source || source->phase != MigratePhase::Preflight) return;
+    if (!on) return finish(MigrateOutcome::Failed, on.error().text);
+    source->capabilities = *on;
     source->qemu->set_events({.run_state =
                                   [t = alive.token(), this](RunState run) {
                                     if (t()) on_source_run_state(run);
@@ -131,7 +140,8 @@ void CoordinatorImpl::begin_attempt() {
                      .qemu_reachable = source->qemu->connected(),
                      .guest_running = source->guest_running,
                      .detach = source->request.detach,
-                     .quit_source = source->request.quit_source},
+                     .quit_source = source->request.quit_source,
+                     .capabilities = source->capabilities},
         [this](const Transition& transition) {
           if (transition.refused()) {
             source->attempt_open = false;
@@ -465,6 +475,7 @@ void CoordinatorImpl::end_source_memory() {
 
 void CoordinatorImpl::handed_over() {
   end_source_memory();
+  if (!own.quit_source) restore_capabilities();
   if (!source) return;
   source->attempt_open = false;
   finish(MigrateOutcome::Done, "");
@@ -472,11 +483,11 @@ void CoordinatorImpl::handed_over() {
 
 void CoordinatorImpl::rolled_back() {
   end_source_memory();
+  restore_capabilities();
   if (!source || !source->attempt_open) return;
   source->attempt_open = false;
   if (source->stopped_at != 0) source->downtime_ms = to_seconds(parts.executor.now() - source->stopped_at) * 1000;
   parts.replication.cancel_final_epoch();
-  source->qemu->restore_capabilities([](const Status&) {});
   if (!source->done) return;
   // H9: another attempt is worth asking for; the peer refuses it without a fresh QEMU.
   constexpr uint32_t kAttemptsMax = 3;

@@ -93,6 +93,7 @@ class RefusalTest(MigrationCase):
         # Somebody who needs the link for something else must get it back at once, and lose nothing but time.
         with self.lab(rate="100Mbit") as lab:
             lab.start_guest("a")
+            before = self.capabilities(lab, "a")
             for phase in ("bulk", "precopy"):
                 def cancel(_process, phase=phase):
                     wait_until(lambda: self.phase(lab) == phase, 90, phase)
@@ -103,6 +104,7 @@ class RefusalTest(MigrationCase):
                 self.assertIn("cancelled by the operator", outcome.result["error"])
                 self.assertLess(outcome.gap_ms, 2000, phase)
                 self.assert_runs_at_source(lab)
+                wait_until(lambda: self.capabilities(lab, "a") == before, 10, "the capabilities are restored")
             with self.assertRaises(VmferryError) as nothing:
                 lab.daemons["a"].vmferry("migrate", "cancel")
             self.assertIn("no migration is under way", nothing.exception.stderr)
@@ -115,10 +117,14 @@ class RefusalTest(MigrationCase):
         with self.lab(disk_size="64M", fill=None, workload=Workload(mode="none", mem="64M"), rate="100Mbit") as lab:
             lab.start_guest("a")
             a = lab.daemons["a"]
+            # Not those of a fresh QEMU: what was before is known only to the daemon that dies.
+            lab.guests["a"].qmp.command("migrate-set-capabilities", {"capabilities": [
+                {"capability": "xbzrle", "state": True}]})
+            before = self.capabilities(lab, "a")
 
             def kill(_process):
                 self.assertTrue(a.wait_phase("precopy"))
-                time.sleep(0.5)
+                wait_until(lambda: self.capabilities(lab, "a")["pause-before-switchover"], 20, "the memory is under way")
                 a.kill()
 
             outcome = lab.migrate("a", "b", "--timeout", "2m", during=kill)
@@ -131,6 +137,8 @@ class RefusalTest(MigrationCase):
             a.start()
             wait_until(lambda: a.volume_status("vda")["handover_state"] == "own", 30, "rolled back")
             self.assert_runs_at_source(lab)
+            # With `pause-before-switchover` left on, the operator's own next migration would wait for ever.
+            wait_until(lambda: self.capabilities(lab, "a") == before, 10, "the capabilities are restored")
 
     def phase(self, lab: Lab) -> str:
         migrations = lab.daemons["a"].vmferry("migrate", "status")["migrations"]

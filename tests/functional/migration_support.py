@@ -21,6 +21,10 @@ class MigrationCase(unittest.TestCase):
         settings = {"disk_size": "256M", "fill": "100M", "memory_mb": 256, "workload": LOAD, "rate": "1Gbit", "rtt": "20ms"}
         return Lab(self.folder, BUILD, **{**settings, **options})
 
+    def capabilities(self, lab: Lab, side: str) -> dict:
+        listed = lab.guests[side].qmp.command("query-migrate-capabilities")
+        return {entry["capability"]: entry["state"] for entry in listed}
+
     def assert_whole_result(self, result: dict) -> None:
         """Every member of the contract, and no other."""
         self.assertEqual(set(result), {"result", "owner", "guest", "total_s", "downtime_ms", "rounds", "wire_bytes",

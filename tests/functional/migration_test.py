@@ -52,6 +52,21 @@ class ThereAndBackTest(MigrationCase):
             self.assert_nothing_lost(lab, here)
             self.assert_copy_is_equal(lab)
 
+    def test_the_source_qemu_that_is_kept_waits_with_its_own_settings(self):
+        # What is left of a migration in either QEMU breaks the next one that its operator starts by hand.
+        with self.lab(disk_size="64M", fill=None, workload=Workload(mode="none", mem="0")) as lab:
+            lab.start_guest("a")
+            before = self.capabilities(lab, "a")
+            lab.guests["a"].qmp.command("stop")  # the harder case: at b nobody says `cont`
+            outcome = lab.migrate("a", "b", "--timeout", "1m")
+            self.assertEqual((outcome.status, outcome.result["result"], outcome.result["owner"]), (0, "done", "peer"), outcome)
+            self.assertEqual(lab.guests["a"].qmp.status(), "postmigrate")
+            self.assertEqual(lab.guests["b"].qmp.status(), "paused")
+            for side in ("a", "b"):
+                wait_until(lambda side=side: self.capabilities(lab, side) == before, 10, f"the capabilities at {side}")
+            lab.guests["b"].qmp.command("cont")
+            lab.collector.wait_heartbeat(lab.guests["b"].pid, timeout=20)
+
     def assert_follows(self, lab: Lab, leader: str, follower: str) -> None:
         status = lab.daemons[leader].volume_status("vda")
         self.assertEqual((status["role"], status["may_run"]), ("primary", True), status)

@@ -131,7 +131,8 @@ class SimQemu final : public Qemu {
   void migrate_continue(Done done) override;
   void migrate_cancel(Done done) override;
   void migrate_in(std::function<void(Result<std::unique_ptr<ByteStream>>)> done) override;
-  void restore_capabilities(Done done) override;
+  void capabilities(std::function<void(Result<std::string>)> done) override;
+  void restore_capabilities(const std::string& on, Done done) override;
   void announce_self(Done done) override;
   void stop(Done done) override;
   void cont(Done done) override;

@@ -140,7 +140,14 @@ void SimQemu::migrate_continue(Done done) {
 void SimQemu::migrate_cancel(Done done) {
   command([](QemuProcess& process) { return process.migrate_cancel(); }, std::move(done));
 }
-void SimQemu::restore_capabilities(Done done) {
+void SimQemu::capabilities(std::function<void(Result<std::string>)> done) {
+  command([](QemuProcess&) { return Status{}; },
+          [done = std::move(done)](Status status) {
+            if (!status) return done(tl::unexpected(status.error()));
+            done(std::string());
+          });
+}
+void SimQemu::restore_capabilities(const std::string& /*on*/, Done done) {
   command([](QemuProcess&) { return Status{}; }, std::move(done));
 }
 void SimQemu::announce_self(Done done) {

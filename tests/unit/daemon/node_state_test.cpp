@@ -28,6 +28,7 @@ NodeRecord sample() {
   group.ownership.state = HandoverState::Prepared;
   group.ownership.term = 7;
   group.ownership.attempt = group.id;
+  group.ownership.capabilities = "events,xbzrle";
   group.ownership.qemu = {.pid = 42, .start_time = 99, .boot_id = "b"};
   group.ownership.reason = "because";
   record.groups[group.id] = group;
@@ -43,6 +44,7 @@ TEST(NodeState, EveryFieldSurvives) {
   const Ownership& ownership = read->groups.begin()->second.ownership;
   EXPECT_EQ(ownership.state, HandoverState::Prepared);
   EXPECT_EQ(ownership.qemu.start_time, 99U);
+  EXPECT_EQ(ownership.capabilities, "events,xbzrle");
   EXPECT_EQ(read->volumes.at("vda").nbd->port, 10809);
   ASSERT_NE(find_group_of(*read, "vda"), nullptr);
   EXPECT_EQ(find_group_of(*read, "vdb"), nullptr);

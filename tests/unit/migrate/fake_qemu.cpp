@@ -61,10 +61,6 @@ void FakeQemu::end_tail(Host& host, uint64_t to) {
   });
 }
 
-void FakeQemu::answer(Done done, Status status) {
-  host_.daemon->executor.start_timer(kQmp, [done = std::move(done), status] { done(status); });
-}
-
 void FakeQemu::command(Done done, std::function<Status(QemuProcess&)> act, Nanoseconds delay) {
   const uint64_t to = connected_to_;
   host_.daemon->executor.start_timer(kQmp + delay, [this, to, done = std::move(done), act = std::move(act)] {
@@ -147,6 +143,7 @@ void FakeQemu::migrate_out(const MigrateOptions&, std::function<void(Result<std:
       [](QemuProcess& process) {
         if (process.migration == MigrationState::Active) return Status(fail(ErrorKind::Busy, "already migrating"));
         process.migration = MigrationState::Active;
+        process.capabilities = "events,pause-before-switchover";
         process.socket_open = true;
         process.was_running = process.run == RunState::Running;
         if (process.fits_into_socket) {
@@ -225,9 +222,45 @@ void FakeQemu::migrate_in(std::function<void(Result<std::unique_ptr<ByteStream>>
         if (!process.fresh_incoming || process.migration != MigrationState::None)
           return Status(fail(ErrorKind::InvalidArgument, "not waiting for a migration"));
         process.migration = MigrationState::Active;
+        process.capabilities = "events,late-block-activate";
         process.socket_open = true;
         return Status{};
       });
+}
+
+void FakeQemu::capabilities(std::function<void(Result<std::string>)> done) {
+  const auto on = std::make_shared<std::string>();
+  command(
+      [done = std::move(done), on](const Status& status) {
+        if (!status) return done(tl::unexpected<Error>(status.error()));
+        done(*on);
+      },
+      [on](QemuProcess& process) {
+        *on = process.capabilities;
+        return Status{};
+      });
+}
+
+void FakeQemu::restore_capabilities(const std::string& on, Done done) {
+  command(std::move(done), [on](QemuProcess& process) {
+    switch (process.migration) {
+      case MigrationState::Active:
+      case MigrationState::PreSwitchover:
+      case MigrationState::Device:
+        return Status(fail(ErrorKind::Busy, "there is a migration under way"));
+      default:
+        process.capabilities = on;
+        return Status{};
+    }
+  });
+}
+
+void FakeQemu::announce_self(Done done) {
+  command(std::move(done), [](QemuProcess& process) {
+    ++process.announced;
+    if (process.run != RunState::Running) process.announced_early = true;
+    return Status{};
+  });
 }
 
 void FakeQemu::stop(Done done) {

@@ -67,6 +67,8 @@ class FakeExecutor final : public Executor {
 class World;
 struct Host;
 
+constexpr const char* kCapabilities = "events,xbzrle";  // of a QEMU whose operator migrates it in other ways, too
+
 // The process; outlives daemons.
 struct QemuProcess {
   uint64_t number = 0;
@@ -82,6 +84,9 @@ struct QemuProcess {
   bool hangs = false;             // does not answer
   bool long_tail = false;         // the tail does not fit between QEMU and the link: written only as the peer takes it
   bool was_running = true;        // when its migration began
+  std::string capabilities = kCapabilities;
+  int announced = 0;             // times
+  bool announced_early = false;  // while the guest did not run
   bool guest_runs() const { return alive && run == RunState::Running; }
 };
 
@@ -99,8 +104,9 @@ class FakeQemu final : public Qemu {
   void migrate_continue(Done done) override;
   void migrate_cancel(Done done) override;
   void migrate_in(std::function<void(Result<std::unique_ptr<ByteStream>>)> done) override;
-  void restore_capabilities(Done done) override { answer(std::move(done), {}); }
-  void announce_self(Done done) override { answer(std::move(done), {}); }
+  void capabilities(std::function<void(Result<std::string>)> done) override;
+  void restore_capabilities(const std::string& on, Done done) override;
+  void announce_self(Done done) override;
   void stop(Done done) override;
   void cont(Done done) override;
   void quit(Done done) override;
@@ -112,7 +118,6 @@ class FakeQemu final : public Qemu {
   void try_pre_switchover();
 
  private:
-  void answer(Done done, Status status);
   // Runs on the process when it answers, if it is alive then.
   void command(Done done, std::function<Status(QemuProcess&)> act, Nanoseconds delay = 0);
   static bool writes_in_vain(Host& host, const QemuProcess& process);

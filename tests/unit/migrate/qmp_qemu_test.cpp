@@ -83,6 +83,23 @@ class QmpQemuTest : public testing::TestWithParam<QemuBinary> {
     }
     return false;
   }
+  std::string capabilities(QmpQemu& qemu) {
+    const auto on = get<std::string>([&](auto done) { qemu.capabilities(done); });
+    EXPECT_TRUE(on.has_value());
+    return on.value_or("");
+  }
+  void set(const std::string& socket, const std::vector<std::string>& names) {
+    QmpClient client(*reactor);
+    ASSERT_TRUE(wait([&](auto done) {
+      client.connect(
+          socket, [](const auto&) {}, done);
+    }));
+    Json wanted = Json::array();
+    for (const std::string& name : names) wanted.push_back({{"capability", name}, {"state", true}});
+    ASSERT_TRUE(get<Json>([&](auto done) {
+      client.execute("migrate-set-capabilities", {{"capabilities", wanted}}, done);
+    }));
+  }
   std::vector<std::string> enabled(const std::string& socket) {
     QmpClient client(*reactor);
     EXPECT_TRUE(wait([&](auto done) {
@@ -113,6 +130,7 @@ TEST_P(QmpQemuTest, MigratesThroughOurStreamsAndEndsPaused) {
   QmpQemu b(*reactor, destination->socket());
   ASSERT_TRUE(wait([&](auto done) { a.connect(done); }));
   ASSERT_TRUE(wait([&](auto done) { b.connect(done); }));
+  const std::string on_at_b = capabilities(b);
   std::vector<MigrationState> seen;
   std::vector<RunState> runs;
   a.set_events({.run_state = [&](RunState run) { runs.push_back(run); },
@@ -145,13 +163,17 @@ TEST_P(QmpQemuTest, MigratesThroughOurStreamsAndEndsPaused) {
   EXPECT_GT(relay.parser.figures().pages_zero, 1000U);
   EXPECT_GT(relay.parser.figures().pages_data, 10U);
   EXPECT_GT(relay.parser.figures().tail_bytes, 10'000U);
-  ASSERT_TRUE(wait([&](auto done) { b.restore_capabilities(done); }));
+  EXPECT_NE(capabilities(b), on_at_b);
+  ASSERT_TRUE(wait([&](auto done) { b.restore_capabilities(on_at_b, done); }));
+  EXPECT_EQ(capabilities(b), on_at_b);
   ASSERT_TRUE(wait([&](auto done) { b.cont(done); }));
   EXPECT_EQ(state(b).run, RunState::Running);
   ASSERT_TRUE(wait([&](auto done) { b.announce_self(done); }));
   EXPECT_EQ(std::count(runs.begin(), runs.end(), RunState::Paused), 1);
   EXPECT_TRUE(std::count(seen.begin(), seen.end(), MigrationState::PreSwitchover) == 1);
-  ASSERT_TRUE(wait([&](auto done) { a.restore_capabilities(done); }));
+  EXPECT_NE(capabilities(a).find("pause-before-switchover"), std::string::npos);
+  ASSERT_TRUE(wait([&](auto done) { a.restore_capabilities(on_at_b, done); }));
+  EXPECT_EQ(capabilities(a), on_at_b) << "also in postmigrate";
 
   auto again = get<std::unique_ptr<ByteStream>>([&](auto done) { b.migrate_in(done); });
   ASSERT_FALSE(again.has_value()) << "a used destination is not fresh";
@@ -161,10 +183,15 @@ TEST_P(QmpQemuTest, MigratesThroughOurStreamsAndEndsPaused) {
 // Design section 6: after migrate_cancel at pre-switchover the guest runs again by itself, and a new attempt works.
 TEST_P(QmpQemuTest, CancelAtPreSwitchoverRunsAgainAndCapabilitiesComeBack) {
   source = start("a");
+  set(source->socket(), {"xbzrle", "auto-converge"});  // the operator's; the second one is none of ours
   const auto before = enabled(source->socket());
+  std::string on;
   {
     QmpQemu a(*reactor, source->socket());
     ASSERT_TRUE(wait([&](auto done) { a.connect(done); }));
+    on = capabilities(a);
+    EXPECT_NE(on.find("xbzrle"), std::string::npos) << on;
+    EXPECT_EQ(on.find("auto-converge"), std::string::npos) << on;
     for (int attempt = 0; attempt < 2; ++attempt) {
       auto from = get<std::unique_ptr<ByteStream>>([&](auto done) { a.migrate_out({}, done); });
       ASSERT_TRUE(from.has_value()) << from.error().text;
@@ -179,7 +206,12 @@ TEST_P(QmpQemuTest, CancelAtPreSwitchoverRunsAgainAndCapabilitiesComeBack) {
         reactor->run_until([] { return false; }, 10 * kMillisecond);
       EXPECT_EQ(state(a).run, RunState::Running);
     }
-    ASSERT_TRUE(wait([&](auto done) { a.restore_capabilities(done); }));
+  }
+  EXPECT_NE(enabled(source->socket()), before);
+  {
+    QmpQemu restarted(*reactor, source->socket());
+    ASSERT_TRUE(wait([&](auto done) { restarted.connect(done); }));
+    ASSERT_TRUE(wait([&](auto done) { restarted.restore_capabilities(on, done); }));
   }
   EXPECT_EQ(enabled(source->socket()), before);
 }
