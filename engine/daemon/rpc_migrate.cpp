@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "engine/base/log.h"
 #include "engine/daemon/commands.h"
 #include "engine/daemon/daemon.h"
@@ -61,7 +63,11 @@ Result<Wish> read_wish(const RpcCall& call) {
   return wish;
 }
 
-Json progress_json(const Group& group, const MigrateProgress& progress) {
+Json progress_json(Group& group, const MigrateProgress& progress) {
+  // The link's own figure needs a while of full load; a copy that is under way knows what it sends now.
+  uint64_t rate = group.link_figures().send_rate;
+  if (group.sender() != nullptr) rate = std::max(rate, group.sender()->status().wire_rate);
+  const auto left = seconds_left(progress, {.rate = rate, .reduction = kTypicalReduction});
   return {{"volumes", group.record().members},
           {"phase", std::string(to_string(progress.phase))},
           {"attempt", progress.attempt.is_none() ? Json(nullptr) : Json(progress.attempt.to_string())},
@@ -75,7 +81,8 @@ Json progress_json(const Group& group, const MigrateProgress& progress) {
           {"raw_bytes", {{"disk", progress.raw_bytes_disk}, {"memory", progress.raw_bytes_memory}}},
           {"predicted_last_round_ms", progress.predicted_last_round_ms},
           {"brake_held", progress.brake_held},
-          {"send_rate", group.link_figures().send_rate},
+          {"send_rate", rate},
+          {"eta_s", left ? Json(*left) : Json(nullptr)},
           {"error", progress.error}};
 }
 
@@ -141,6 +148,8 @@ void run(Daemon& daemon, const RpcCallPtr& call, const Wish& wish, const Preflig
   if (PeerLink* const link = daemon.peers().link(wish.peer); link != nullptr) link->set_rate_limit(config.bandwidth);
   config.active = true;
   group.change_replication(config);
+  MigrateRequest request = wish.request;
+  request.memory_bytes = facts.source.ram_bytes;
   auto follower = std::make_shared<Follower>(daemon, call, wish.volumes.front());
   const bool background = wish.background;
   const auto ended = [&daemon, follower, call, background, names = wish.volumes](const MigrateResult& result) {
@@ -149,7 +158,7 @@ void run(Daemon& daemon, const RpcCallPtr& call, const Wish& wish, const Preflig
     follower->over = true;
     if (!background) call->result(json);
   };
-  if (const Status begun = group.migrate(wish.request, ended); !begun)
+  if (const Status begun = group.migrate(request, ended); !begun)
     return call->result(refused(daemon, wish, facts, begun.error().text));
   if (background) {
     call->result({{"result", "started"}, {"volumes", wish.volumes}});
@@ -216,8 +225,22 @@ Result<Group*> choose(Daemon& daemon, const RpcCallPtr& call) {
 }
 
 void show(Daemon& daemon, const RpcCallPtr& call) {
+  std::vector<Group*> groups = daemon.groups();
+  if (call->params().contains("volumes") && !call->params()["volumes"].empty()) {
+    const auto names = call->names("volumes");
+    if (!names) return call->error(names.error());
+    std::erase_if(groups, [&names](const Group* group) {
+      const auto& members = group->record().members;
+      return std::none_of(names->begin(), names->end(), [&members](const std::string& name) {
+        return std::find(members.begin(), members.end(), name) != members.end();
+      });
+    });
+    for (const std::string& name : *names) {
+      if (const auto served = daemon.volume(name); !served) return call->error(served.error());
+    }
+  }
   Json migrations = Json::array();
-  for (Group* group : daemon.groups()) {
+  for (Group* group : groups) {
     const auto last = group->coordinator().last_result();
     if (!group->coordinator().migrating() && !last) continue;
     Json entry = progress_json(*group, group->coordinator().progress());

@@ -52,7 +52,8 @@ struct CoordinatorOptions {
 };
 
 struct MigrateRequest {
-  std::string qmp_path;  // "": the volume's own
+  std::string qmp_path;       // "": the volume's own
+  uint64_t memory_bytes = 0;  // of the guest, as preflight saw it: to be sent, until QEMU counts what is left
   Nanoseconds downtime_limit = 300 * kMillisecond;
   Nanoseconds timeout = 30 * 60 * kSecond;
   bool detach = false;

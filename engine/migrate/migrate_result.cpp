@@ -102,6 +102,21 @@ std::string to_json_line(const MigrateResult& result) {
   return json.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
 
+std::optional<double> seconds_left(const MigrateProgress& progress, const LinkGuess& link) {
+  const bool sending = progress.phase == MigratePhase::Bulk || progress.phase == MigratePhase::Converge ||
+                       progress.phase == MigratePhase::Precopy;
+  if (!sending || link.rate == 0) return std::nullopt;
+  constexpr uint64_t kEnough = 16U << 20;
+  const auto wire = [&link](uint64_t remaining, uint64_t wire_sent, uint64_t raw_sent) {
+    const double reduction =
+        raw_sent >= kEnough ? static_cast<double>(wire_sent) / static_cast<double>(raw_sent) : link.reduction;
+    return static_cast<double>(remaining) * reduction;
+  };
+  return (wire(progress.disk_remaining_bytes, progress.wire_bytes_disk, progress.raw_bytes_disk) +
+          wire(progress.memory_remaining_bytes, progress.wire_bytes_memory, progress.raw_bytes_memory)) /
+         static_cast<double>(link.rate);
+}
+
 std::string why_not_done(const MigrateProgress& progress) {
   constexpr std::string_view kHelp =
       "let the guest write less, give the link more, or allow a longer pause or more time";

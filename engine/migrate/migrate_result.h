@@ -4,6 +4,7 @@
 // Threads: values.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -68,6 +69,14 @@ struct MigrateProgress {
   bool brake_held = false;
   std::string error;
 };
+
+struct LinkGuess {
+  uint64_t rate = 0;       // bytes per second that the link carries now
+  double reduction = 1.0;  // wire bytes per raw byte, until enough was sent to know
+};
+// Until the guest can be stopped, if the link goes on like this and the guest changed nothing; nullopt: no rate is
+// known, or there is nothing to wait for.
+std::optional<double> seconds_left(const MigrateProgress& progress, const LinkGuess& link);
 
 // For the operator whose time limit is over: what is left, and what would help.
 std::string why_not_done(const MigrateProgress& progress);

@@ -564,8 +564,9 @@ MigrateProgress CoordinatorImpl::progress() const {
   progress.phase_s = to_seconds(now - source->phase_at);
   progress.rounds = source->rounds;
   progress.disk_remaining_bytes = disks.remaining_bytes;
-  progress.memory_remaining_bytes = source->qemu_state.ram_remaining;
-  progress.memory_total_bytes = source->qemu_state.ram_total;
+  const bool counted = source->qemu_state.ram_total > 0;
+  progress.memory_remaining_bytes = counted ? source->qemu_state.ram_remaining : source->request.memory_bytes;
+  progress.memory_total_bytes = counted ? source->qemu_state.ram_total : source->request.memory_bytes;
   progress.wire_bytes_disk = above(disks.wire_bytes, source->base.wire_bytes);
   progress.raw_bytes_disk = above(disks.raw_bytes, source->base.raw_bytes);
   progress.wire_bytes_memory = source->earlier_attempts.wire_bytes + memory.wire_bytes;

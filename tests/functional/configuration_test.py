@@ -283,6 +283,15 @@ class HelpAndJson(DaemonCase):
                     self.assertIn(error, plain.stderr)
                     self.assertNotIn("running-source", plain.stderr)
 
+    def test_status_of_migrations_is_of_the_volumes_that_were_named(self):
+        # A typing error that reads as "nothing is under way" is believed.
+        a = self.daemon("a", self.volume("vda", self.image("a.img", 4 * MIB)))
+        self.assertEqual(a.vmferry("migrate", "status", "vda"), {"migrations": []})
+        for option in ([], ["--json"]):
+            done = run(VMFERRY, "--control", a.control, *option, "migrate", "status", "vda", "nosuch", check=False)
+            self.assertEqual(done.returncode, 1, done)
+            self.assertIn("nosuch", done.stderr)
+
     def assert_whole_result(self, value: dict) -> None:
         self.assertEqual(set(value), {"result", "owner", "guest", "total_s", "downtime_ms", "rounds", "wire_bytes", "raw_bytes", "error"})
         for figures in (value["wire_bytes"], value["raw_bytes"]):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Migrations that are refused, given up or cancelled: the guest stays where it is, and the result says where that is."""
 
-import time
+import subprocess
 import unittest
 
 from migration_support import Lab, MigrationCase, VmferryError, Workload, wait_until
@@ -97,6 +97,8 @@ class RefusalTest(MigrationCase):
             for phase in ("bulk", "precopy"):
                 def cancel(_process, phase=phase):
                     wait_until(lambda: self.phase(lab) == phase, 90, phase)
+                    if phase == "bulk":
+                        self.assert_status_tells_what_is_left(lab)
                     lab.daemons["a"].vmferry("migrate", "cancel")
                 outcome = lab.migrate("a", "b", "--timeout", "3m", during=cancel)
                 self.assertEqual((outcome.status, outcome.result["result"], outcome.result["guest"]),
@@ -111,6 +113,21 @@ class RefusalTest(MigrationCase):
             outcome = lab.migrate("a", "b", "--quit-source", "--timeout", "3m")
             self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
             self.assert_nothing_lost(lab, "b")
+
+    def assert_status_tells_what_is_left(self, lab: Lab) -> None:
+        a = lab.daemons["a"]
+        told = wait_until(lambda: (m := a.vmferry("migrate", "status", "vda")["migrations"])[0]["eta_s"] and m, 20,
+                          "an estimate of what is left")
+        self.assertEqual((len(told), told[0]["volumes"]), (1, ["vda"]))
+        # 100 MB of disk, less what was sent, and 256 MiB of memory over 12.5 MB/s; reduced by no more than a hundred.
+        self.assertTrue(0.1 < told[0]["eta_s"] < 60, told)
+        plain = subprocess.run([w for w in a.vmferry_command("migrate", "status", "vda") if w != "--json"], text=True,
+                               capture_output=True, check=True).stdout
+        self.assertRegex(plain, r"vda: bulk, .* of memory to send, .*about [0-9]+ s left")
+        with self.assertRaises(VmferryError) as nosuch:
+            a.vmferry("migrate", "status", "nosuch")
+        self.assertEqual(nosuch.exception.status, 1)
+        self.assertIn("nosuch", nosuch.exception.output["error"])
 
     def test_a_source_daemon_that_dies_in_precopy_leaves_the_guest_and_a_whole_result(self):
         # A script that waits for the result gets one that it can read and that says how to go on.

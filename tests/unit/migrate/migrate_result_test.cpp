@@ -81,6 +81,25 @@ TEST(MigrateResult, TextThatIsNotUtf8DoesNotBreakTheLine) {
   EXPECT_TRUE(nlohmann::json::accept(line));
 }
 
+// A line without it leaves the operator to watch; one that is wrong by the reduction makes him give up too early.
+TEST(MigrateResult, TimeLeftCountsDisksAndMemoryAtTheReductionThatIsSeen) {
+  MigrateProgress progress;
+  progress.disk_remaining_bytes = 60'000'000;
+  progress.memory_remaining_bytes = 40'000'000;
+  const LinkGuess link{.rate = 10'000'000, .reduction = 0.5};
+  EXPECT_FALSE(seconds_left(progress, link)) << "idle";
+  for (const MigratePhase phase : {MigratePhase::Bulk, MigratePhase::Converge, MigratePhase::Precopy}) {
+    progress.phase = phase;
+    EXPECT_NEAR(seconds_left(progress, link).value(), 5, 1e-9);
+  }
+  progress.raw_bytes_disk = 100'000'000;
+  progress.wire_bytes_disk = 10'000'000;
+  EXPECT_NEAR(seconds_left(progress, link).value(), 0.6 + 2, 1e-9);
+  EXPECT_FALSE(seconds_left(progress, {.rate = 0, .reduction = 0.5}));
+  progress.phase = MigratePhase::Done;
+  EXPECT_FALSE(seconds_left(progress, link));
+}
+
 // "Timed out" alone leaves the operator to guess between a slow link, a busy guest and a broken daemon.
 TEST(MigrateResult, WhyNotDoneNamesWhatIsLeftInEachPhase) {
   MigrateProgress progress;
