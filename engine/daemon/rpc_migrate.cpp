@@ -37,6 +37,10 @@ Result<Wish> read_wish(const RpcCall& call) {
   wish.volumes = *volumes;
   wish.peer = *peer;
   wish.request.qmp_path = *qmp;
+  // The daemon's folder is not the caller's: what is meant would be somebody else's socket, or none.
+  if (!qmp->empty() && !qmp->starts_with('/'))
+    return fail(ErrorKind::InvalidArgument, "the QMP socket '{}' is no absolute path; give one that begins with /",
+                *qmp);
   const auto downtime_limit = parse_duration(*downtime);
   const auto time_limit = parse_duration(*timeout);
   if (!downtime_limit) return tl::unexpected(downtime_limit.error());

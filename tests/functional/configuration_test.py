@@ -283,6 +283,15 @@ class HelpAndJson(DaemonCase):
                     self.assertIn(error, plain.stderr)
                     self.assertNotIn("running-source", plain.stderr)
 
+    def test_a_relative_qmp_path_is_that_of_the_caller(self):
+        # In the daemon's folder it would be no socket, or the one of another guest.
+        a, _b = self.two_daemons(4 * MIB)
+        folder = self.path("elsewhere")
+        os.mkdir(folder)
+        command = a.vmferry_command("migrate", "vda", "--peer", "b", "--qmp", "sub/vm.qmp")
+        done = run(*command, check=False, cwd=folder)
+        self.assertIn(f"'{folder}/sub/vm.qmp'", json.loads(done.stdout)["error"])
+
     def test_status_of_migrations_is_of_the_volumes_that_were_named(self):
         # A typing error that reads as "nothing is under way" is believed.
         a = self.daemon("a", self.volume("vda", self.image("a.img", 4 * MIB)))

@@ -66,6 +66,7 @@ class ControlSocket(DaemonCase):
                                ("promote", {"volumes": "vda"}), ("promote", {"volumes": []}),
                                ("promote", {"volumes": ["vda"], "force": "yes"}),
                                ("promote", {"volumes": ["vda", "vda"]}), ("replicate.wait", {"volumes": [5]}),
+                               ("migrate.start", {"volumes": ["vda"], "peer": "b", "qmp": "vm.qmp"}),  # in whose folder?
                                ("migrate.start", {"volumes": ["vda"], "peer": "b", "timeout": "soon"})):
             self.assertEqual(self.error(self.request(method, params)), (INVALID_PARAMS, 7), (method, params))
         self.assertEqual(self.error(self.request("status", params=[1]))[0], INVALID_PARAMS)

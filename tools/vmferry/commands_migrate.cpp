@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cstdio>
+#include <filesystem>
 
 #include "engine/base/text.h"
 #include "tools/vmferry/commands.h"
@@ -75,12 +76,19 @@ int print_result(const Context& context, const Json& result) {
   return kFailed;
 }
 
+// As the caller's shell sees it; the daemon runs in another folder.
+std::string absolute(const std::string& path) {
+  std::error_code error;
+  const auto whole = std::filesystem::absolute(path, error);
+  return path.empty() || error ? path : whole.string();
+}
+
 int migrate(const Context& context, const MigrateOptions& options) {
   Client client(context.control);
   Followed followed(context.json);
   const Json params{{"volumes", options.volumes},
                     {"peer", options.peer},
-                    {"qmp", options.qmp},
+                    {"qmp", absolute(options.qmp)},
                     {"downtime_limit", options.downtime_limit},
                     {"bandwidth", options.bandwidth},
                     {"timeout", options.timeout},
