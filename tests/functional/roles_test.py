@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`promote`, `demote` and `resolve` without a migration: at most one side may be written, and no write is lost unseen."""
 
+import json
+import subprocess
+import threading
 import time
 import unittest
 
@@ -10,6 +13,33 @@ import nbd
 from daemon_support import MIB, DaemonCase, digest, wait_until
 
 SIZE = 32 * MIB
+
+
+class Watch(DaemonCase):
+    def test_status_watch_prints_what_changes(self):
+        # An operator who watches a takeover must not look at the state of a minute ago.
+        a = self.daemon("a", self.volume("vda", self.image("a.img", 4 * MIB)))
+        for option in (["--json"], []):
+            command = [w for w in a.vmferry_command("status", "--watch") if w != "--json"] + option
+            with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as watch:
+                try:
+                    self.line_with(watch, "primary")
+                    a.vmferry("demote", "vda")
+                    line = self.line_with(watch, "secondary")
+                    if option:
+                        self.assertEqual(json.loads(line)["volumes"][0]["role"], "secondary")
+                    a.vmferry("promote", "vda", "--force")
+                    self.line_with(watch, "primary")
+                finally:
+                    watch.kill()
+
+    def line_with(self, watch, text: str) -> str:
+        stop = threading.Timer(10, watch.kill)
+        stop.start()
+        try:
+            return next(line for line in watch.stdout if text in line and "vda" in line)
+        finally:
+            stop.cancel()
 
 
 class RoleCase(DaemonCase):
