@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Migrations that are refused, given up or cancelled: the guest stays where it is, and the result says where that is."""
 
+import filecmp
+import os
 import subprocess
 import unittest
 
 from migration_support import Lab, MigrationCase, VmferryError, Workload, wait_until
+
+IDLE = Workload(mode="none", mem="0")
 
 
 class RefusalTest(MigrationCase):
@@ -56,7 +60,7 @@ class RefusalTest(MigrationCase):
 
     def test_a_refusal_says_who_owns_the_guest_and_where_it_is(self):
         # A script that reads "running-source" at the copy, or of a guest that is paused, acts on the wrong host.
-        with self.lab(disk_size="64M", fill=None, workload=Workload(mode="none", mem="0")) as lab:
+        with self.lab(disk_size="64M", fill=None, workload=IDLE) as lab:
             guest = lab.start_guest("a")
             for state, place in (("running", "running-peer"), ("paused", "unknown")):
                 if state == "paused":
@@ -72,6 +76,40 @@ class RefusalTest(MigrationCase):
             found = self.refusal(lab, "a")
             self.assertEqual((found["owner"], found["guest"]), ("source", "unknown"), found)
             self.assertIn("vmferry resolve", found["error"])
+
+    def test_disks_that_would_stay_behind_or_be_overwritten_are_refused(self):
+        # Data that is forgotten at the source, or destroyed at the peer, is missed after the source is gone.
+        foreign = self.folder / "vda-b.img"
+        foreign.write_bytes(os.urandom(1 << 20))
+        spare, medium = self.folder / "spare.img", self.folder / "medium.iso"
+        for file in (spare, medium):
+            file.write_bytes(bytes(1 << 20))
+        with self.lab(disk_size="64M", fill=None, workload=IDLE, disk_options={"reconnect_delay": None}) as lab:
+            lab.start_guest("a", extra_args=(
+                "-drive", f"if=none,id=spare,file={spare},format=raw", "-device", "virtio-blk-pci,drive=spare,id=spare0",
+                "-drive", f"if=none,id=medium,file={medium},format=raw,readonly=on",
+                "-device", "virtio-blk-pci,drive=medium,id=medium0"))
+            a = lab.daemons["a"]
+            error = self.refused(lab)
+            self.assertRegex(error, f"device '[^']*spare0[^']*' writes to '{spare}', which is no volume")
+            self.assertRegex(error, f"read-only medium '{medium}' of device '[^']*medium0[^']*' is missing at peer 'b'")
+            self.assertIn("volume 'vda' holds data at peer 'b' that is no earlier copy; add --overwrite-peer", error)
+
+            lab.start_guest("a")
+            lab.start_guest("b")  # booted, not waiting
+            found = self.refusal(lab, "a")
+            self.assertIn("is not waiting for its first migration; start a fresh one with -incoming defer", found["error"])
+            error = self.refused(lab)
+            self.assertIn("--overwrite-peer", error)
+            self.assertNotEqual(foreign.read_bytes()[:1 << 20], bytes(1 << 20), "what was refused changed nothing")
+            dry = a.vmferry("migrate", "vda", "--peer", "b", "--overwrite-peer", "--dry-run")
+            self.assertEqual(len([w for w in dry["warnings"] if "no reconnect-delay on QEMU's command line" in w]), 2, dry)
+            outcome = lab.migrate("a", "b", "--overwrite-peer", "--quit-source", "--timeout", "1m")
+            self.assertEqual((outcome.status, outcome.result["result"]), (0, "done"), outcome)
+            lab.guests["b"].quit()
+            for daemon in lab.daemons.values():
+                daemon.stop()
+            self.assertTrue(filecmp.cmp(lab.image("a"), foreign, shallow=False), "the peer holds the guest's disk")
 
     def test_a_destination_that_cannot_load_the_stream_leaves_the_guest_at_the_source(self):
         # Preflight does not see every device; the guest must survive what is found at the very end, and the next try
@@ -107,6 +145,13 @@ class RefusalTest(MigrationCase):
                 self.assertLess(outcome.gap_ms, 2000, phase)
                 self.assert_runs_at_source(lab)
                 wait_until(lambda: self.capabilities(lab, "a") == before, 10, "the capabilities are restored")
+            # The same by the clock. What is left after the two before takes longer, with the memory alone.
+            outcome = lab.migrate("a", "b", "--timeout", "3s")
+            self.assertEqual((outcome.status, outcome.result["result"], outcome.result["owner"], outcome.result["guest"]),
+                             (1, "rolled-back", "source", "running-source"), outcome)
+            self.assertRegex(outcome.result["error"], "^not done within 3 s: .*MiB of memory are left")
+            self.assertTrue(3 <= outcome.seconds < 8, outcome)
+            self.assert_runs_at_source(lab)
             with self.assertRaises(VmferryError) as nothing:
                 lab.daemons["a"].vmferry("migrate", "cancel")
             self.assertIn("no migration is under way", nothing.exception.stderr)

@@ -32,6 +32,7 @@ class ThereAndBackTest(MigrationCase):
                 self.assertEqual((outcome.result["result"], outcome.result["owner"], outcome.result["guest"]),
                                  ("done", "peer", "running-peer"))
                 self.assertLess(outcome.gap_ms, 2000, outcome)
+                self.assert_figures(outcome)
                 wait_until(lambda: not lab.guests[here].alive(), 20, "the source QEMU ended")
                 self.assert_follows(lab, leader=there, follower=here)
                 # Both sides have been source and destination from the second migration on.
@@ -51,6 +52,43 @@ class ThereAndBackTest(MigrationCase):
                 self.assertEqual(self.children(lab.daemons[side].pid), [], "a daemon starts no process")
             self.assert_nothing_lost(lab, here)
             self.assert_copy_is_equal(lab)
+
+    def assert_figures(self, outcome) -> None:
+        """Each of them is there and is true, as far as it can be seen from outside."""
+        result = outcome.result
+        self.assert_whole_result(result)
+        self.assertIsNone(result["error"])
+        for name in ("total_s", "downtime_ms", "rounds"):
+            self.assertGreater(result[name], 0, result)
+        for place in ("disk", "memory"):
+            self.assertGreater(result["wire_bytes"][place], 0, result)
+            self.assertGreater(result["raw_bytes"][place], 0, result)
+        self.assertLess(abs(result["downtime_ms"] - outcome.gap_ms), 150, outcome)
+        self.assertLess(abs(result["total_s"] - outcome.seconds), 2, outcome)
+
+    def test_a_cap_is_obeyed_and_an_explicit_qmp_socket_is_used(self):
+        # Who shares the link with others gives the cap for their sake; and a guest whose socket is not in the daemon's
+        # configuration can be moved all the same.
+        with self.lab() as lab:
+            named = self.folder / "named.qmp"
+            lab.start_guest("a", extra_args=("-qmp", f"unix:{named},server=on,wait=off"))
+            lab.guests["a"].qmp_path("daemon").unlink()  # what the configuration names leads nowhere
+            seen = []
+
+            def sample(process):
+                while process.poll() is None:
+                    seen.append((time.monotonic(), lab.wan.counters()["a_to_b"]["bytes"]))
+                    time.sleep(0.2)
+
+            outcome = lab.migrate("a", "b", "--qmp", str(named), "--bandwidth", "80Mbit", "--quit-source", during=sample)
+            self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
+            # Over any two seconds: the bucket that evens bursts out is smaller than a tenth of that.
+            rates = [(later[1] - earlier[1]) / (later[0] - earlier[0]) for index, earlier in enumerate(seen)
+                     for later in seen[index + 1:] if 2 <= later[0] - earlier[0] < 2.5]
+            print(f"80Mbit: at most {max(rates) * 8 / 1e6:.1f} Mbit/s over two seconds, of {len(rates)}", flush=True)
+            self.assertLess(max(rates), 1.05 * 10e6)
+            self.assertGreater(max(rates), 0.7 * 10e6, "the cap was never reached, so nothing was shown")
+            self.assert_nothing_lost(lab, "b")
 
     def test_the_source_qemu_that_is_kept_waits_with_its_own_settings(self):
         # What is left of a migration in either QEMU breaks the next one that its operator starts by hand.
@@ -222,6 +260,36 @@ class LostPeerTest(MigrationCase):
             outcome = lab.migrate("a", "b", "--quit-source", "--downtime-limit", "2s")
             self.assertEqual(outcome.status, 0, (outcome.result, outcome.stderr))
             self.assert_nothing_lost(lab, "b")
+
+
+    def test_the_operator_leaves_the_guest_at_the_peer_where_it_runs(self):
+        # The peer runs the guest and cannot say so; the operator has seen it, and wants the source to follow it later.
+        with self.lab(rtt="400ms", disk_size="64M", fill=None, workload=Workload(mode="none", mem="0")) as lab:
+            lab.start_guest("a")
+            a, b = lab.daemons["a"], lab.daemons["b"]
+
+            def cut(_process):
+                self.assertTrue(a.wait_phase("handover"))
+                wait_until(lambda: lab.guests["b"].qmp.status() == "running", 20, "the guest runs at b", interval=0.002)
+                lab.wan.cut(60)  # its word needs 200 ms
+                status = a.volume_status("vda")
+                self.assertEqual((status["handover_state"], status["owner"], status["may_run"]), ("go-sent", "unknown", False))
+                self.assertIn("--run-at-peer", status["reason"])
+                a.vmferry("resolve", "vda", "--run-at-peer")
+                status = a.volume_status("vda")
+                self.assertEqual((status["role"], status["owner"], status["may_run"]), ("secondary", "peer", False))
+                lab.wan.cut(0)
+
+            outcome = lab.migrate("a", "b", "--downtime-limit", "3s", during=cut)
+            self.assertEqual((outcome.status, outcome.result["result"], outcome.result["owner"]), (0, "done", "peer"), outcome)
+            self.assertEqual(lab.guests["a"].qmp.status(), "postmigrate")
+            wait_until(lambda: a.volume_status("vda")["connected"], 60, "the link heals")
+            b.vmferry("replicate", "wait", "vda", "--timeout", "60s")
+            self.assertEqual(a.replication("vda")["direction"], "receiving")
+            self.assertEqual((a.volume_status("vda")["handover_state"], b.volume_status("vda")["handover_state"]),
+                             ("secondary", "running"))
+            self.assertEqual(lab.guests["b"].qmp.status(), "running")
+            self.assertEqual(b.vmferry("replicate", "verify", "vda")["differences"], [])
 
 
 if __name__ == "__main__":

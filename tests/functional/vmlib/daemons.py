@@ -170,7 +170,7 @@ def pair(joiner: Daemon, inviter: Daemon) -> None:
     joiner.vmferry("peer", "join", "-", "--name", inviter.name, "--as", joiner.name, input_text=invitation["token"] + "\n")
 
 
-def wait_until(condition, timeout: float = 30.0, what: str = "condition"):
+def wait_until(condition, timeout: float = 30.0, what: str = "condition", interval: float = 0.05):
     """Polls until condition() is true; its value. TimeoutError with the last value otherwise."""
     deadline = time.monotonic() + timeout
     while True:
@@ -179,7 +179,7 @@ def wait_until(condition, timeout: float = 30.0, what: str = "condition"):
             return value
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not come true within {timeout} s; last: {value!r}")
-        time.sleep(0.05)
+        time.sleep(interval)
 
 
 @dataclass

@@ -43,13 +43,13 @@ class NbdDisk:
     unix: object = None
     host: str = "127.0.0.1"
     port: int = 10809
-    reconnect_delay: int = 60
+    reconnect_delay: int | None = 60
 
     def blockdev(self, node: str) -> str:
         server = (f"server.type=unix,server.path={self.unix}" if self.unix
                   else f"server.type=inet,server.host={self.host},server.port={self.port}")
-        return (f"driver=nbd,node-name={node},discard=unmap,export={self.export},"
-                f"reconnect-delay={self.reconnect_delay},{server}")
+        delay = "" if self.reconnect_delay is None else f"reconnect-delay={self.reconnect_delay},"
+        return f"driver=nbd,node-name={node},discard=unmap,export={self.export},{delay}{server}"
 
 
 @dataclass
