@@ -77,7 +77,8 @@ void print(const Totals& totals) {
               totals.link.cuts);
   std::printf("guest: writes=%lu checks=%lu refused=%lu copies_checked=%lu\n", totals.guest_writes, totals.guest_checks,
               totals.refused_writes, totals.checked_images);
-  std::printf("migrations=%lu resolves=%lu\n", totals.migrations, totals.resolves);
+  std::printf("migrations=%lu final_epochs=%lu resolves=%lu\n", totals.migrations, totals.final_epochs,
+              totals.resolves);
   print("outcomes", totals.outcomes);
   print("promotions", totals.promotions);
   print("faults", totals.faults);
@@ -110,6 +111,12 @@ bool anything_rare(const Totals& totals, bool promotions) {
   need("link cuts", totals.link.cuts, 0.1);
   need("copies checked", totals.checked_images, 0.1);
   need("migrations", totals.migrations, 0.7);
+  need("final epochs", totals.final_epochs, 0.5);
+  need("resolves", totals.resolves, 0.01);
+  for (const char* message : {"Prepare", "Prepared", "Go", "Primary", "Running", "Aborted"}) {
+    const auto found = totals.messages.find(message);
+    need(message, found == totals.messages.end() ? 0 : found->second, 0.1);
+  }
   for (const char* outcome : {"done", "rolled-back"}) {
     const auto found = totals.outcomes.find(outcome);
     need(outcome, found == totals.outcomes.end() ? 0 : found->second, 0.1);

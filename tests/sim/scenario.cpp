@@ -87,6 +87,7 @@ std::string Scenario::run() {
   totals_.guest_writes += oracle_.guest_writes;
   totals_.guest_checks += oracle_.guest_checks;
   totals_.checked_images += oracle_.checked_images;
+  totals_.final_epochs += oracle_.final_epochs;
   totals_.refused_writes += oracle_.refused_writes;
   for (const auto& [name, count] : oracle_.messages) totals_.messages[name] += count;
   return oracle_.violation();
@@ -301,7 +302,9 @@ void Scenario::round_of_migration() {
     const uint64_t span = scale == 0 ? 500 : scale == 1 ? 5'000 : scale == 2 ? 50'000 : 400'000;
     run_for(static_cast<Nanoseconds>(random.below(span)) * kMicrosecond);
     ++totals_.aimed[fmt::format("{}-{}", aim.at_peer ? "peer" : "source", to_string(aim.state))];
-    inject(static_cast<Fault>(random.below(kFaultCount)));
+    // The death of a QEMU that was just told to run is what leaves the last word to the operator.
+    const bool last_word = aim.state == HandoverState::Started && random.chance(1, 2);
+    inject(last_word ? Fault::KillPeerQemu : static_cast<Fault>(random.below(kFaultCount)));
     if (random.chance(1, 2)) {
       const uint64_t pause = random.chance(1, 4) ? 2'500 : 200;
       run_for(static_cast<Nanoseconds>(random.below(pause)) * kMillisecond);
