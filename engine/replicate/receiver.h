@@ -26,6 +26,7 @@ namespace vmferry {
 struct ReplicateFaults {
   bool ack_before_flush = false;
   bool apply_without_staging = false;
+  bool fuzzy_called_consistent = false;
 };
 
 struct ReceiverOptions {

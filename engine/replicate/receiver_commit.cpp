@@ -32,7 +32,8 @@ bool Receiver::Impl::commit_ready() const {
 }
 
 void Receiver::Impl::commit() {
-  const bool consistent = current_->end->consistent && !current_->fuzzy;
+  const bool one_moment = current_->end->consistent && !current_->fuzzy;
+  const bool consistent = one_moment || options_.faults.fuzzy_called_consistent;
   const uint64_t epoch = current_->begin.epoch;
   const Done finished = [this, epoch](Status status) {
     if (!status) {

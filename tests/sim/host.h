@@ -61,7 +61,7 @@ class Host {
 
   const std::string& name() const { return settings_.name; }
   size_t index() const { return settings_.index; }
-  SimWorld& world() { return world_; }
+  SimWorld& world() const { return world_; }
   SimExecutor& executor() { return executor_; }
 
   // --- the daemon
@@ -76,7 +76,7 @@ class Host {
 
   // Ownership as it is durable, whether or not a daemon runs. What an observer would find after a crash now.
   const Ownership& durable_ownership() const { return durable_.ownership; }
-  SimDisk& store(size_t volume) { return *stores_[volume]; }
+  SimDisk& store(size_t volume) const { return *stores_[volume]; }
   size_t volume_count() const { return stores_.size(); }
   bool accepts_writes() const;
   bool parks_writes() const;

@@ -34,6 +34,7 @@ constexpr NamedFault kFaults[] = {
     {"activity-log-after-data", [](Faults& faults) { faults.track.activity_log_after_data = true; }},
     {"ack-before-flush", [](Faults& faults) { faults.replicate.ack_before_flush = true; }},
     {"apply-without-staging", [](Faults& faults) { faults.replicate.apply_without_staging = true; }},
+    {"fuzzy-called-consistent", [](Faults& faults) { faults.replicate.fuzzy_called_consistent = true; }},
     {"go-before-postmigrate", [](Faults& faults) { faults.handover.go_before_postmigrate = true; }},
     {"cont-before-primary-durable", [](Faults& faults) { faults.handover.cont_before_primary_durable = true; }},
     {"unfence-after-go-without-aborted",
@@ -75,8 +76,8 @@ void print(const Totals& totals) {
               totals.disk.flushes, totals.disk.power_cuts, totals.disk.lost_sectors, totals.disk.torn_writes);
   std::printf("link: messages=%lu lost=%lu cuts=%lu\n", totals.link.messages, totals.link.lost_messages,
               totals.link.cuts);
-  std::printf("guest: writes=%lu checks=%lu refused=%lu copies_checked=%lu\n", totals.guest_writes, totals.guest_checks,
-              totals.refused_writes, totals.checked_images);
+  std::printf("guest: writes=%lu checks=%lu refused=%lu copies_checked=%lu consistent_checked=%lu\n",
+              totals.guest_writes, totals.guest_checks, totals.refused_writes, totals.checked_images, totals.moments);
   std::printf("migrations=%lu final_epochs=%lu resolves=%lu\n", totals.migrations, totals.final_epochs,
               totals.resolves);
   print("outcomes", totals.outcomes);
@@ -97,8 +98,9 @@ bool anything_rare(const Totals& totals, bool promotions) {
     rare = true;
   };
   if (promotions) {
-    for (const char* kind : {"promoted", "demoted", "refused-beside-guest", "forced", "accepted-inconsistent",
-                             "split-brain", "superseded", "discarded-winner", "discarded-loser"}) {
+    for (const char* kind :
+         {"promoted", "demoted", "refused-beside-guest", "forced", "accepted-inconsistent", "forced-as-consistent",
+          "split-brain", "superseded", "discarded-winner", "discarded-loser"}) {
       const auto found = totals.promotions.find(kind);
       need(kind, found == totals.promotions.end() ? 0 : found->second, 0.01);
     }
@@ -110,6 +112,7 @@ bool anything_rare(const Totals& totals, bool promotions) {
   need("torn writes", totals.disk.torn_writes, 0.1);
   need("link cuts", totals.link.cuts, 0.1);
   need("copies checked", totals.checked_images, 0.1);
+  need("consistent copies checked", totals.moments, 1);
   need("migrations", totals.migrations, 0.7);
   need("final epochs", totals.final_epochs, 0.5);
   need("resolves", totals.resolves, 0.01);

@@ -7,7 +7,20 @@
 
 namespace vmferry::sim {
 
+namespace {
+
+uint64_t content_of(const Host& host) {
+  uint64_t digest = 0;
+  for (size_t volume = 0; volume < host.volume_count(); ++volume) {
+    digest += host.store(volume).digest() * (2 * volume + 3);
+  }
+  return digest;
+}
+
+}  // namespace
+
 void Oracle::check_step() {
+  for (const Host* host : hosts_) note_content(*host);
   if (violated() || forked()) return;
   const QemuProcess* running = nullptr;
   for (Host* host : hosts_) {
@@ -48,6 +61,8 @@ void Oracle::became_primary(Host& host, bool by_promotion, bool forced) {
     for (DiskModel& disk : branch(host).disks) disk.handed_over();
     return;
   }
+  promoted_content_ = content_of(host);
+  promoted_not_before_ = copies_[host.index()].acknowledged_before_at;
   Branch& fork = branches_.emplace_back(branch(host));
   branch_of_[host.index()] = &fork;
   fork.last_host = nullptr;
@@ -129,7 +144,7 @@ void Oracle::message_sent(size_t side, MessageType type, ByteSpan payload) {
     case MessageType::EpochAck: {
       const auto ack = decode_epoch_ack(payload);
       if (!ack) return violation("an EpochAck does not decode");
-      copy_acknowledged(host, ack->epoch);
+      copy_acknowledged(host, *ack);
       if (ack->epoch == final_epoch_) check_final_epoch(host, other);
       return;
     }
@@ -165,11 +180,46 @@ void Oracle::check_final_epoch(Host& copy, Host& source) {
   }
 }
 
-void Oracle::copy_acknowledged(Host& host, uint64_t epoch) {
+void Oracle::note_content(const Host& host) {
+  Past& past = pasts_[host.index()];
+  const uint64_t content = content_of(host);
+  if (content == past.now && !past.last_held.empty()) return;
+  const Nanoseconds now = host.world().now();
+  past.last_held[past.now] = now;
+  past.last_held[content] = now;
+  past.now = content;
+}
+
+bool Oracle::source_held(const Host& copy, uint64_t content, Nanoseconds since) const {
+  const Past& past = pasts_[1 - copy.index()];
+  if (past.now == content) return true;
+  const auto held = past.last_held.find(content);
+  return held != past.last_held.end() && held->second >= since;
+}
+
+// A copy that is called consistent holds what its source's volumes held together at some moment: if a write is in it,
+// so is everything acknowledged before that write was submitted. An epoch is sealed after the one before it was
+// acknowledged, so the moment is no earlier than that.
+void Oracle::check_moment(const Host& copy, const std::string& said, uint64_t content, Nanoseconds since) {
+  ++moments;
+  if (source_held(copy, content, since)) return;
+  violation(fmt::format("I6: {} {}, but its source never held that", copy.name(), said));
+}
+
+void Oracle::promoted_as_consistent(const Host& host) {
+  check_moment(host, "was promoted as consistent", promoted_content_, promoted_not_before_);
+}
+
+void Oracle::copy_acknowledged(Host& host, const EpochAck& ack) {
   Copy& copy = copies_[host.index()];
-  if (copy.images.contains(epoch)) return;  // said again after a cut
-  copy.images.emplace(epoch, image_of(host));
-  copy.acknowledged = std::max(copy.acknowledged, epoch);
+  if (copy.images.contains(ack.epoch)) return;  // said again after a cut
+  copy.images.emplace(ack.epoch, image_of(host));
+  if (ack.quality == CopyQuality::Consistent) {
+    check_moment(host, fmt::format("calls epoch {} consistent", ack.epoch), content_of(host), copy.acknowledged_at);
+  }
+  if (ack.epoch < copy.acknowledged) return;
+  copy.acknowledged = ack.epoch;
+  copy.acknowledged_before_at = std::exchange(copy.acknowledged_at, host.world().now());
 }
 
 // A copy that comes back says how far it is: it must be as far as it acknowledged, and its files must be the image of
@@ -180,6 +230,10 @@ void Oracle::copy_said_hello(Host& host, const GroupHello& hello) {
     copy = Copy{};
     copy.lineage = hello.lineage;
   } else if (copy.first_hello && hello.quality >= CopyQuality::Fuzzy) {
+    if (hello.quality == CopyQuality::Consistent) {
+      check_moment(host, fmt::format("came back and calls epoch {} consistent", hello.epoch), content_of(host),
+                   copy.acknowledged_before_at);
+    }
     if (hello.epoch < copy.acknowledged) {
       return violation(fmt::format("I6: {} acknowledged epoch {} and came back with epoch {}", host.name(),
                                    copy.acknowledged, hello.epoch));

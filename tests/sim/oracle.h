@@ -10,10 +10,12 @@
 #include <map>
 #include <set>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "engine/base/hash.h"
 #include "engine/migrate/ownership.h"
+#include "netproto/repl/epoch_messages.h"
 #include "netproto/repl/group_hello.h"
 #include "netproto/repl/message_types.h"
 #include "tests/sim/disk_model.h"
@@ -53,6 +55,8 @@ class Oracle {
   void daemon_started(Host& host);
   // The host's record says that it is primary now. `by_promotion`: without a migration.
   void became_primary(Host& host, bool by_promotion, bool forced);
+  // It was promoted without --accept-inconsistent.
+  void promoted_as_consistent(const Host& host);
   // Whether a power cut of the host takes unsynced writes of the guest's truth with it.
   bool holds_truth(const Host& host) const { return forked() || holder_ == &host; }
 
@@ -68,6 +72,7 @@ class Oracle {
   uint64_t guest_checks = 0;
   uint64_t checked_images = 0;
   uint64_t final_epochs = 0;  // compared with the source
+  uint64_t moments = 0;       // copies called consistent that were looked for in the past of the source
   uint64_t refused_writes = 0;
   std::map<std::string, uint64_t> messages;  // of the handover
 
@@ -88,11 +93,24 @@ class Oracle {
     Id128 lineage{};
     std::map<uint64_t, Hash128> images;  // at the acknowledgement of each epoch
     uint64_t acknowledged = 0;           // newest
-    bool first_hello = true;             // of this life of the daemon
+    Nanoseconds acknowledged_at = 0;
+    Nanoseconds acknowledged_before_at = 0;  // the one before
+    bool first_hello = true;                 // of this life of the daemon
   };
   void copy_said_hello(Host& host, const GroupHello& hello);
-  void copy_acknowledged(Host& host, uint64_t epoch);
+  void copy_acknowledged(Host& host, const EpochAck& ack);
   void check_final_epoch(Host& copy, Host& source);
+  // What the volumes of a host held, as digests, and when last.
+  struct Past {
+    uint64_t now = 0;
+    std::unordered_map<uint64_t, Nanoseconds> last_held;
+  };
+  void note_content(const Host& host);
+  bool source_held(const Host& copy, uint64_t content, Nanoseconds since) const;
+  void check_moment(const Host& copy, const std::string& said, uint64_t content, Nanoseconds since);
+  std::array<Past, 2> pasts_;
+  uint64_t promoted_content_ = 0;        // of the last promotion by force, before its guest
+  Nanoseconds promoted_not_before_ = 0;  // its epoch was sealed
   uint64_t final_epoch_ = 0;
   Id128 final_attempt_{};
   std::array<Copy, 2> copies_;

@@ -88,6 +88,7 @@ std::string Scenario::run() {
   totals_.guest_checks += oracle_.guest_checks;
   totals_.checked_images += oracle_.checked_images;
   totals_.final_epochs += oracle_.final_epochs;
+  totals_.moments += oracle_.moments;
   totals_.refused_writes += oracle_.refused_writes;
   for (const auto& [name, count] : oracle_.messages) totals_.messages[name] += count;
   return oracle_.violation();

@@ -30,6 +30,7 @@ struct Totals {
   uint64_t guest_checks = 0;
   uint64_t checked_images = 0;
   uint64_t final_epochs = 0;  // compared with the source
+  uint64_t moments = 0;       // copies called consistent, looked for in the past of the source
   uint64_t refused_writes = 0;
   uint64_t migrations = 0;
   uint64_t resolves = 0;

@@ -142,6 +142,7 @@ void Scenario::forced_promotion(Host& to) {
   run_for(static_cast<Nanoseconds>(random.below(30)) * kMillisecond);
   if (oracle_.violated() || to.group() == nullptr || to.durable_ownership().role == Role::Primary) return;
   const bool consistent = to.group()->copy_is_consistent();
+  const bool copy = to.group()->copy_quality() != CopyQuality::Source;  // and not what it wrote itself once
   auto answer = promote(to, false, true);
   if (oracle_.violated()) return;
   if (answer && !answer->has_value() && !consistent) {
@@ -149,6 +150,9 @@ void Scenario::forced_promotion(Host& to) {
     answer = promote(to, true, true);
   } else if (answer && answer->has_value() && !consistent) {
     return fail("a copy that is no whole epoch was promoted without --accept-inconsistent");
+  } else if (answer && answer->has_value() && copy) {
+    ++totals_.promotions["forced-as-consistent"];
+    oracle_.promoted_as_consistent(to);
   }
   if (oracle_.violated()) return;
   if (!answer || !answer->has_value()) {

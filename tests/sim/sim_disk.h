@@ -23,6 +23,7 @@
 #include "blockdev/block_device.h"
 #include "engine/base/assert.h"
 #include "engine/base/bytes.h"
+#include "engine/base/hash.h"
 #include "tests/sim/sim_world.h"
 
 namespace vmferry::sim {
@@ -113,6 +114,7 @@ class SimDisk final : public BlockDevice {
     }
     unsynced_.clear();
     current_ = durable_;
+    refresh_digest();
     refresh_allocated();
   }
 
@@ -122,10 +124,13 @@ class SimDisk final : public BlockDevice {
   // Inspection, beside all requests.
   const Bytes& content() const { return current_; }
   const Bytes& durable_content() const { return durable_; }
+  // Of content(), kept up to date: equal for equal contents.
+  uint64_t digest() const { return digest_; }
   // For planting damage.
   void poke(uint64_t offset, ByteSpan data) {
     std::memcpy(&current_[offset], data.data(), data.size());
     std::memcpy(&durable_[offset], data.data(), data.size());
+    refresh_digest();
     refresh_allocated();
   }
   size_t in_flight() const { return flights_.size(); }
@@ -185,7 +190,9 @@ class SimDisk final : public BlockDevice {
       const uint64_t sector = at / kSector;
       const uint64_t end = std::min(request.range.end(), (sector + 1) * kSector);
       if (odds <= 1 || executor_.world().random().chance(1, odds)) {
+        digest_ -= sector_digest(sector);
         std::memcpy(&current_[at], data.data() + (at - offset), end - at);
+        digest_ += sector_digest(sector);
         Version version{sequence_, {}};
         std::memcpy(version.data.data(), &current_[sector * kSector], kSector);
         unsynced_[sector].push_back(version);
@@ -196,6 +203,19 @@ class SimDisk final : public BlockDevice {
       }
       at = end;
     }
+  }
+
+  // 0 for zeroes, as a new disk has them.
+  uint64_t sector_digest(uint64_t sector) const {
+    static constexpr std::array<uint8_t, kSector> kZeroes{};
+    const uint8_t* bytes = &current_[sector * kSector];
+    if (std::memcmp(bytes, kZeroes.data(), kSector) == 0) return 0;
+    return xxh3_64({bytes, kSector}) * (2 * sector + 1);
+  }
+
+  void refresh_digest() {
+    digest_ = 0;
+    for (uint64_t sector = 0; sector < size() / kSector; ++sector) digest_ += sector_digest(sector);
   }
 
   void land_flights(uint64_t odds) {
@@ -251,6 +271,7 @@ class SimDisk final : public BlockDevice {
   BlockLimits limits_;
   Bytes current_;
   Bytes durable_;
+  uint64_t digest_ = 0;
   std::vector<bool> allocated_;
   std::map<uint64_t, std::vector<Version>> unsynced_;
   std::list<Flight> flights_;
