@@ -107,6 +107,8 @@ Json Group::replication_status() const {
       entry["raw_bytes"] = status.raw_bytes;
       entry["literal_bytes"] = status.literal_bytes;
       entry["reference_bytes"] = status.reference_bytes;
+      entry["index_blocks"] = status.index_blocks;
+      entry["index_complete"] = status.index_complete;
       entry["send_rate"] = status.wire_rate;
       entry["dirty_rate"] = status.dirty_rate;
       entry["estimate_s"] = status.estimate_s;

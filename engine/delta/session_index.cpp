@@ -71,6 +71,30 @@ void SessionIndex::record(BlockPlace place, Fingerprint content, uint64_t frame)
   *target = {content, place};
 }
 
+bool SessionIndex::learn(BlockPlace place, Fingerprint content) noexcept {
+  if (content == kZeroFingerprint || place_slot(place) != nullptr) return false;
+  const size_t places = place_set(place);
+  PlaceSlot* free_place = nullptr;
+  for (size_t i = places; i < places + kWays && free_place == nullptr; ++i) {
+    if (places_[i].content == kZeroFingerprint) free_place = &places_[i];
+  }
+  if (free_place == nullptr) return false;
+  const size_t contents = content_set(content);
+  ContentSlot* free_content = nullptr;
+  bool known = false;
+  for (size_t i = contents; i < contents + kWays; ++i) {
+    ContentSlot& slot = contents_[i];
+    const PlaceSlot* held = slot.content == kZeroFingerprint ? nullptr : place_slot(slot.place);
+    const bool holds = held != nullptr && held->content == slot.content;
+    if (!holds) free_content = &slot;
+    known = known || (holds && slot.content == content);
+  }
+  if (!known && free_content == nullptr) return false;
+  *free_place = {place, content, 0};
+  if (!known) *free_content = {content, place};
+  return true;
+}
+
 void SessionIndex::forget(uint16_t volume, ByteRange range) noexcept {
   const uint64_t blocks = div_up(range.length, kDedupBlockSize);
   if (blocks <= places_.size()) {

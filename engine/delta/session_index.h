@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Which content the peer holds where, as far as this session sent it: the source of references.
+// Which content the peer holds where, as far as this session sent it or learnt it: the source of references.
 //
 // Two bounded tables: content -> a block that had it, and block -> what was last sent for it. An answer needs both to
 // agree, so that a block that was overwritten since is never offered. Both forget at their limit; a wrong answer is
@@ -40,7 +40,7 @@ class SessionIndex {
  public:
   struct Sent {
     Fingerprint content = kZeroFingerprint;
-    uint64_t frame = 0;  // that carried it
+    uint64_t frame = 0;  // that carried it; 0: learnt
   };
   struct Found {
     BlockPlace place;
@@ -53,6 +53,9 @@ class SessionIndex {
 
   // `content` was sent for `place` in `frame`; zero content only forgets what was there.
   void record(BlockPlace place, Fingerprint content, uint64_t frame) noexcept;
+  // The peer held `content` at `place` before this session sent anything (frame 0). Takes free room only: what was
+  // sent is newer, and what is known is worth as much. Whether it is known now.
+  bool learn(BlockPlace place, Fingerprint content) noexcept;
   void forget(uint16_t volume, ByteRange range) noexcept;
   std::optional<Found> find(Fingerprint content) const noexcept;
   std::optional<Sent> sent(BlockPlace place) const noexcept;
@@ -60,6 +63,7 @@ class SessionIndex {
   void drop_after(uint64_t frame) noexcept;
   void clear() noexcept;
   size_t memory_bytes() const;
+  size_t blocks_max() const { return places_.size(); }
 
  private:
   struct ContentSlot {

@@ -31,6 +31,25 @@ void EpochEncoder::restart(uint64_t frame) {
   index_.drop_after(frame);
 }
 
+uint64_t EpochEncoder::known_bytes(uint16_t volume, ByteRange range) const {
+  uint64_t bytes = 0;
+  for (BlockPlace place(volume, range.offset); bytes + kDedupBlockSize <= range.length && index_.sent(place);
+       place = place.next()) {
+    bytes += kDedupBlockSize;
+  }
+  return bytes;
+}
+
+size_t EpochEncoder::learn(uint16_t volume, uint64_t offset, const std::vector<delta::Fingerprint>& blocks) {
+  size_t learnt = 0;
+  BlockPlace place(volume, offset);
+  for (const delta::Fingerprint content : blocks) {
+    learnt += index_.learn(place, content) ? 1U : 0U;
+    place = place.next();
+  }
+  return learnt;
+}
+
 void EpochEncoder::note_mismatch() {
   ++mismatches_;
 }
@@ -74,7 +93,7 @@ uint64_t EpochEncoder::reference_blocks(const FrameJob& job, size_t index, size_
     if (!sent || sent->content != prints_[index + blocks] || sent->frame > job.reference_frame_max) break;
   }
   const uint64_t near_frames = (uint64_t{1} << options_.codec.window_log) / kFrameLiteralMax / 2;
-  const bool near = !job.urgent && found->frame + near_frames > job.frame;
+  const bool near = !job.urgent && found->frame != 0 && found->frame + near_frames > job.frame;
   return blocks >= (near ? kNearReferenceBlocksMin : 1) ? blocks : 0;
 }
 
@@ -113,6 +132,10 @@ void EpochEncoder::add_data(FrameJob& job, const FramePiece& piece) {
         break;
     }
     add_run(run);
+    // What the copy did not confirm is not offered again: the place does not hold it.
+    if (const auto stale = job.literal_only ? index_.find(prints_[i]) : std::nullopt) {
+      index_.record(stale->place, delta::kZeroFingerprint, 0);
+    }
     for (uint64_t b = 0; b < blocks; ++b) {
       const bool whole = i + b < whole_blocks;
       index_.record({piece.volume, piece.range.offset + (i + b) * kDedupBlockSize},

@@ -66,6 +66,12 @@ class EpochEncoder {
   // A new connection: fresh histories, and the index without what may not have arrived after `frame`.
   void restart(uint64_t frame);
   void drop_after(uint64_t frame) { index_.drop_after(frame); }
+  // The copy is replaced as a whole: nothing is known of what it holds.
+  void forget_all() { index_.clear(); }
+  uint64_t known_bytes(uint16_t volume, ByteRange range) const;  // whole blocks, from the beginning on
+  // Blocks from `offset` on that the copy is known to hold. How many of them are known now.
+  size_t learn(uint16_t volume, uint64_t offset, const std::vector<delta::Fingerprint>& blocks);
+  size_t index_blocks_max() const { return index_.blocks_max(); }
   // The peer did not confirm a reference. Too often: no more references in this session.
   void note_mismatch();
   uint64_t mismatches() const { return mismatches_; }

@@ -52,7 +52,14 @@ Sender::Impl::Impl(Executor& executor, GroupChannel& channel, ReplicaState& stat
       reader_(volumes_, options.reads_in_flight_max),
       seal_timer_(executor),
       backoff_timer_(executor),
-      tick_timer_(executor) {}
+      tick_timer_(executor),
+      learner_({.executor = executor,
+                .volumes = volumes_,
+                .blocks_max = encoder_->index_blocks_max(),
+                .idle = [this] { return may_learn(); },
+                .known = [this](uint16_t volume, ByteRange range) { return encoder_->known_bytes(volume, range); },
+                .learn = [this](uint16_t volume, uint64_t offset,
+                                const auto& blocks) { return encoder_->learn(volume, offset, blocks); }}) {}
 
 Sender::Impl::~Impl() {
   if (!current_) return;
@@ -97,6 +104,7 @@ void Sender::Impl::save_source(Done done) {
     tick_at_ = executor_.now();
     tick_open_ = open_bytes();
     tick();
+    learner_.start();
     done({});
   };
   state_.save(record, saved);
@@ -256,6 +264,7 @@ Status Sender::Impl::on_message(MessageType type, ByteSpan payload) {
       }
       if (!current_ || current_->begin.epoch != resend->epoch || resend->frame >= frame_next_) break;
       ++totals_.resent_references;
+      ++mismatches_new_;
       current_->heals.push_back({resend->frame, std::move(resend->ranges)});
       break;
     }

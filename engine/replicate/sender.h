@@ -60,6 +60,8 @@ struct SenderStatus {
   uint64_t dirty_rate = 0;      // bytes of distinct blocks that become dirty per second
   double reduction = 1.0;       // wire bytes per raw byte of what was sent lately
   uint64_t verified_bytes = 0;  // of the verification under way
+  uint64_t index_blocks = 0;    // learnt by reading what the copy holds, for references to it
+  bool index_complete = false;  // nothing more is read for it
   double estimate_s = -1;       // until the present backlog is applied; -1 unknown
   uint64_t epochs_acknowledged = 0;
   uint64_t epochs_abandoned = 0;

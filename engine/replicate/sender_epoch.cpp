@@ -118,6 +118,7 @@ void Sender::Impl::begin_epoch() {
                  .final_attempt = final_ ? final_->attempt : Id128{},
                  .first_frame = frame_next_,
                  .dirty_bytes = epoch.sealed_bytes};
+  index_clear_ = index_clear_ || full_needed_;
   full_needed_ = false;
   if (kind_next_ == EpochKind::Direct) peer_quality_ = CopyQuality::Inconsistent;  // until it is acknowledged
   sync_wanted_ = false;

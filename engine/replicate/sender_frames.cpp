@@ -139,6 +139,8 @@ void Sender::Impl::pump_encoder() {
     encoder_->drop_after(*index_drop_);
     index_drop_.reset();
   }
+  if (std::exchange(index_clear_, false)) encoder_->forget_all();
+  for (; mismatches_new_ > 0; --mismatches_new_) encoder_->note_mismatch();
   if (jobs_.empty() || !jobs_.front()->read || !current_) return;
   const std::shared_ptr<SendJob> job = jobs_.front();
   const TrafficClass traffic = job->frame.urgent ? TrafficClass::Urgent : TrafficClass::Bulk;
@@ -149,6 +151,12 @@ void Sender::Impl::pump_encoder() {
                     [this, alive = alive_.token(), job] {
                       if (alive()) job_encoded(job);
                     });
+}
+
+bool Sender::Impl::may_learn() const {
+  const bool usable = connected_ && !paused_ && !degraded_ && !full_needed_ && peer_quality_ >= CopyQuality::Fuzzy;
+  const bool at_rest = !current_ && !preparing_ && !final_ && !verify_ && jobs_.empty() && !encoding_;
+  return usable && at_rest && !index_clear_ && !wants_epoch();
 }
 
 void Sender::Impl::job_encoded(const std::shared_ptr<SendJob>& job) {

@@ -18,6 +18,7 @@
 
 #include "engine/base/log.h"
 #include "engine/replicate/epoch_reader.h"
+#include "engine/replicate/index_learner.h"
 #include "engine/replicate/progress.h"
 #include "engine/replicate/sender.h"
 
@@ -132,6 +133,7 @@ struct Sender::Impl {
   void drop_jobs(size_t keep);
   void pump_encoder();
   void job_encoded(const std::shared_ptr<SendJob>& job);
+  bool may_learn() const;  // nothing to send, and the copy holds every clean block
 
   // --- sender_status.cpp
   void tick();
@@ -179,6 +181,8 @@ struct Sender::Impl {
   bool querying_extents_ = false;
   std::optional<uint64_t> encoder_restart_;  // at the next moment without a job on the worker
   std::optional<uint64_t> index_drop_;
+  bool index_clear_ = false;
+  uint64_t mismatches_new_ = 0;  // not yet told to the encoder
 
   uint64_t granted_ = 0;                  // body bytes since the connection came up
   std::optional<EpochBegin> begin_held_;  // until the copy's first credit
@@ -201,6 +205,7 @@ struct Sender::Impl {
   Timer backoff_timer_;
   Timer tick_timer_;
   std::shared_ptr<VerifyRun> verify_;
+  IndexLearner learner_;
   Alive alive_;
 };
 

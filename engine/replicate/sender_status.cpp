@@ -55,6 +55,8 @@ SenderStatus Sender::Impl::status() const {
   status.reduction = reduction_;
   status.reason = refusal_;
   status.verified_bytes = verified_bytes();
+  status.index_blocks = learner_.learnt_blocks();
+  status.index_complete = learner_.finished();
 
   const bool lacks_something = current_ || open_bytes() > 0 || peer_quality_ < CopyQuality::Fuzzy || full_needed_;
   const Nanoseconds age = executor_.now() - clean_at_;

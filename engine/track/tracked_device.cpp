@@ -80,6 +80,7 @@ void TrackedDevice::submit(BlockRequest& request) noexcept {
     return complete_later(request, 0);
   }
   if (hold_reads_) return held_reads_.push_back(&request);
+  ++guest_reads_;
   ++reads_in_flight_;
   take_op().start_read(request);
 }

@@ -142,6 +142,10 @@ class TrackedDevice final : public BlockDevice, public ClientEras {
   void fail_parked(Errno error) noexcept;  // completes all of them with `error`
   size_t parked_requests() const { return parked_.size(); }
 
+  // Reads and writes of the export, for those who want to keep out of the guest's way.
+  uint64_t guest_requests() const { return mutation_counter_ + guest_reads_; }
+  bool guest_waits() const { return mutations_in_flight_ > 0 || reads_in_flight_ > 0; }
+
   uint64_t mutations_in_flight() const { return mutations_in_flight_; }  // past the gate, not yet completed
   // `done` (posted) when no mutating request is in flight past the gate. Close the gate first, or it may take for ever.
   void quiesce(std::function<void()> done);
@@ -198,6 +202,7 @@ class TrackedDevice final : public BlockDevice, public ClientEras {
   std::unique_ptr<TrackMetadata> metadata_;
   uint64_t mutation_counter_ = 0;
   uint64_t mutations_in_flight_ = 0;
+  uint64_t guest_reads_ = 0;
   uint64_t reads_in_flight_ = 0;
   std::deque<std::unique_ptr<Op>> ops_;  // grows to the most that the exports ever had in flight
   std::vector<Op*> free_ops_;

@@ -49,6 +49,30 @@ class Restart(DaemonCase):
         self.assertTrue(self.equal())
         self.assertEqual(a.replication("vda")["raw_bytes"], MIB)
 
+    def test_a_copy_of_an_old_file_travels_as_references_after_a_restart(self):
+        # A guest that unpacks a backup or clones a directory must not send what the peer has since last week.
+        a, b = self.following(data=8 * MIB)
+        for daemon in (a, b):
+            self.assertEqual(daemon.stop(), 0)
+        for daemon in (b, a):
+            daemon.start()
+        wait_until(lambda: a.vmferry("peer", "list")["peers"][0]["connected"], 15, "connected again")
+        self.in_sync(a)
+        wait_until(lambda: a.replication("vda")["index_complete"], 20, "the index is complete")
+        before = a.replication("vda")
+        self.assertEqual(before["index_blocks"], 8 * MIB // 4096)
+        client = nbd.NBD()
+        client.connect_uri(self.uri(self.path("a-vda.img")))
+        for at in range(0, 8 * MIB, MIB):
+            client.pwrite(client.pread(MIB, at), 100 * MIB + at)
+        client.shutdown()
+        self.in_sync(a)
+        after = a.replication("vda")
+        self.assertTrue(self.equal())
+        self.assertEqual(after["reference_bytes"] - before["reference_bytes"], 8 * MIB)
+        self.assertLess(after["wire_bytes"] - before["wire_bytes"], 100_000)
+        self.assertEqual(b.replication("vda")["reference_mismatches"], 0)
+
     def test_dirty_blocks_survive_a_clean_stop(self):
         # What was written while the peer was away is exactly what it lacks.
         a, b = self.following()

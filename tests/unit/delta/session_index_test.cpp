@@ -62,6 +62,24 @@ TEST(SessionIndex, LostFramesAreForgottenEarlierOnesKept) {
   EXPECT_FALSE(index.find(2));
 }
 
+TEST(SessionIndex, WhatIsLearntTakesFreeRoomOnlyAndOutlivesACut) {
+  // A pass over a large volume must not push out what was just sent, nor speak against it.
+  SessionIndex index(1, kBlock);  // one set
+  index.record({0, 0}, 1, 10);
+  EXPECT_FALSE(index.learn({0, 0}, 2)) << "what was sent is newer";
+  EXPECT_FALSE(index.learn({0, 2 * kBlock}, kZeroFingerprint));
+  for (uint64_t i = 1; i < index.blocks_max(); ++i) EXPECT_TRUE(index.learn({0, i * kBlock}, 100 + i)) << i;
+  EXPECT_FALSE(index.learn({0, 50 * kBlock}, 150)) << "full";
+  index.drop_after(0);
+  EXPECT_FALSE(index.find(1));
+  ASSERT_TRUE(index.find(101));
+  EXPECT_EQ(index.find(101)->frame, 0U);
+  EXPECT_EQ(index.find(101)->place, BlockPlace(0, kBlock));
+  EXPECT_TRUE(index.learn({0, 50 * kBlock}, 150)) << "there is room again";
+  index.record({0, kBlock}, 7, 11);
+  EXPECT_FALSE(index.find(101)) << "overwritten";
+}
+
 TEST(SessionIndex, ForgetsExactlyTheRange) {
   // A hole punched by the guest takes away its blocks, and nothing one past either end.
   for (const uint64_t group_bytes : {uint64_t{1} << 20, uint64_t{1} << 40}) {
