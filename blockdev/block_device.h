@@ -45,7 +45,7 @@ struct BlockRequest {
   bool fua = false;         // durable before completion (Write, WriteZeroes)
   bool may_unmap = false;   // WriteZeroes: may (and, where the store can, does) punch a hole
   bool fast_only = false;   // WriteZeroes: fail at once with ENOTSUP, content unchanged, when not faster than writing
-  ByteRange range{};       // within device size; length >= 1 except for Flush
+  ByteRange range{};        // within device size; length >= 1 except for Flush
   uint8_t* data = nullptr;  // Read, Write: range.length bytes. Never written by a layer for Write
   BlockCompletion* completion = nullptr;
 };

@@ -28,7 +28,7 @@ struct NbdLimits {
   // Instead, at a drain: no grace, and what is not carried out is not answered at all. For a server that will be back:
   // QEMU sends such requests again within its reconnect-delay, while ESHUTDOWN reaches the guest as an I/O error.
   bool drain_unanswered = false;
-  Nanoseconds drain_time_max = 10 * kSecond;     // for replies to be taken by the client
+  Nanoseconds drain_time_max = 10 * kSecond;  // for replies to be taken by the client
 
   size_t status_extents_max = 2048;  // descriptors of one BLOCK_STATUS reply
   nbd::HandshakeLimits handshake{};

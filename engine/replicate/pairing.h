@@ -24,8 +24,8 @@ class InviteBook {
 
   struct Verdict {
     JoinResult result = JoinResult::Unknown;
-    std::string text{};      // one sentence, when not Ok
-    PeerRights grants{};     // when Ok
+    std::string text{};    // one sentence, when not Ok
+    PeerRights grants{};   // when Ok
     bool changed = false;  // the book has to be made durable
   };
 

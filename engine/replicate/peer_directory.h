@@ -16,12 +16,12 @@ namespace vmferry {
 
 struct PeerRecord {
   std::string name{};                    // what we call it; unique here
-  KeyHash key{};                       // pinned; unique here
+  KeyHash key{};                         // pinned; unique here
   std::vector<std::string> addresses{};  // where to dial it, in order; may be empty: then it dials us
   PeerRights rights{};                   // what it may do here
   PeerRights granted{};                  // what it said that we may do there
   std::string their_name_for_us{};       // as of the pairing
-  int64_t paired_at_s = 0;             // seconds since 1970
+  int64_t paired_at_s = 0;               // seconds since 1970
 };
 
 class PeerDirectory {

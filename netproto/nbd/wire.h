@@ -146,11 +146,11 @@ enum class HeaderStyle : uint8_t { Simple, Structured, Extended };
 
 struct Request {
   uint16_t flags = 0;
-  uint16_t command = 0;  // a Command, or anything the client made up
-  uint64_t cookie = 0;   // the client's; returned as it came
-  uint64_t offset = 0;   // bytes
-  uint64_t length = 0;   // bytes; of the payload if there is one
-  bool payload = false;  // `length` bytes follow the header
+  uint16_t command = 0;   // a Command, or anything the client made up
+  uint64_t cookie = 0;    // the client's; returned as it came
+  uint64_t offset = 0;    // bytes
+  uint64_t length = 0;    // bytes; of the payload if there is one
+  bool payload = false;   // `length` bytes follow the header
   uint32_t contexts = 0;  // BLOCK_STATUS: bit id-1 for each context whose answer is wanted; 0: all that were agreed
 };
 

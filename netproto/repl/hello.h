@@ -74,7 +74,7 @@ struct PeerReply {
   uint64_t id = 0;
   bool ok = false;
   ErrorKind error = ErrorKind::Internal;  // when not ok
-  std::string text{};                       // JSON when ok, otherwise what went wrong
+  std::string text{};                     // JSON when ok, otherwise what went wrong
 };
 inline constexpr size_t kPeerRequestTextMax = 1024 * 1024;
 inline constexpr size_t kPeerMethodSizeMax = 64;

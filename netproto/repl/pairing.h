@@ -64,7 +64,7 @@ struct JoinRequest {
   Id128 node_id{};
   std::string requested_name{};          // what the joiner wants to be called; may be empty
   PeerRights grants{};                   // what the joiner lets the inviter do
-  uint16_t listen_port = 0;            // 0: the joiner does not listen. With the address seen by the inviter
+  uint16_t listen_port = 0;              // 0: the joiner does not listen. With the address seen by the inviter
   std::vector<std::string> addresses{};  // further ones, as configured
 };
 

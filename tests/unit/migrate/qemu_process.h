@@ -56,8 +56,8 @@ class QemuProcess {
   pid_t pid() const { return pid_; }
 
  private:
-  // The path appears with bind(), before listen(); a connection tried between the two is refused. Connecting to find out
-  // would use up the monitor's one client, so the kernel's table is asked: proc(5), flag __SO_ACCEPTCON.
+  // The path appears with bind(), before listen(); a connection tried between the two is refused. Connecting to find
+  // out would use up the monitor's one client, so the kernel's table is asked: proc(5), flag __SO_ACCEPTCON.
   bool listening() const {
     std::ifstream table("/proc/net/unix");
     for (std::string line; std::getline(table, line);) {
