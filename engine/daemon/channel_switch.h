@@ -17,6 +17,7 @@ class ChannelSwitch final : public GroupChannel {
   bool has_target() const { return target_ != nullptr; }
 
   bool connected() const override { return target_ != nullptr && target_->connected(); }
+  bool peer_has(uint64_t feature) const override { return target_ != nullptr && target_->peer_has(feature); }
   void send(TrafficClass traffic, MessageType type, Bytes payload) override {
     if (target_ != nullptr) target_->send(traffic, type, std::move(payload));
   }

@@ -518,6 +518,8 @@ void Group::channel_message(MessageType type, ByteSpan payload) {
 
 Status Group::route(MessageType type, ByteSpan payload) {
   switch (type) {
+    case MessageType::SourceState:
+      return receiver_open_ ? receiver_->on_message(type, payload) : Status{};
     case MessageType::EpochBegin:
       if (receiver_open_) set_active(true);  // after a --detach the primary has begun again
       [[fallthrough]];

@@ -131,6 +131,7 @@ class Group final : private GroupChannelHandler {
   void note_apart();
   void rejoin_if_copy();
   std::string no_contact() const;
+  std::string paused_there(Nanoseconds duration) const;
   void send_hello();
   void feed_hello();  // gives the peer's hello to whoever can use it now
   PeerOwnership peer_ownership() const;

@@ -89,6 +89,13 @@ std::string Group::no_contact() const {
                               : fmt::format("no connection to peer '{}'; see: vmferry peer list", record_.peer);
 }
 
+std::string Group::paused_there(Nanoseconds duration) const {
+  return fmt::format(
+      "by the other side, {} s ago, with `vmferry replicate pause` at peer '{}'; `vmferry replicate "
+      "resume` there goes on",
+      duration / kSecond, record_.peer);
+}
+
 Json Group::replication_status() const {
   Json volumes = Json::array();
   for (const ReplicaVolume& volume : volumes_) {
@@ -122,19 +129,33 @@ Json Group::replication_status() const {
       const bool usable = status.quality == CopyQuality::Fuzzy || status.quality == CopyQuality::Consistent;
       const bool apart = !channel_.connected() || !hello_accepted_ || refusal_;
       const bool trouble = !status.reason.empty();
-      entry["state"] = !usable ? "inconsistent" : apart ? "disconnected" : trouble ? "degraded" : "in-sync";
+      const bool paused = !apart && status.source_paused;
+      // As at the source, paused comes first: trouble here is not tried again before it goes on.
+      entry["state"] = !usable   ? "inconsistent"
+                       : apart   ? "disconnected"
+                       : paused  ? "paused"
+                       : trouble ? "degraded"
+                                 : "in-sync";
       entry["epoch"] = status.epoch;
       // While all is well only the source knows. Otherwise the copy is at least as old as the trouble.
       entry["rpo_s"] = nullptr;
-      std::optional<Nanoseconds> since = apart ? apart_since_ : std::nullopt;
-      if (trouble) since = std::min(since.value_or(status.reason_since), status.reason_since);
-      if (usable && since) entry["rpo_s"] = static_cast<double>(parts_.executor.now() - *since) / 1e9;
+      const Nanoseconds now = parts_.executor.now();
+      Nanoseconds since = now;
+      if (apart) since = apart_since_.value_or(now);
+      if (paused) since = status.source_paused_since;
+      if (trouble) since = std::min(since, status.reason_since);
+      const bool behind = (apart && apart_since_) || paused || trouble;
+      if (usable && behind) entry["rpo_s"] = static_cast<double>(now - since) / 1e9;
       entry["remaining_bytes"] = 0;
       entry["wire_bytes"] = status.received_wire_bytes;
       entry["raw_bytes"] = status.received_body_bytes;
       entry["consistent"] = status.quality == CopyQuality::Consistent;
       entry["reference_mismatches"] = status.reference_mismatches;
-      entry["reason"] = refusal_ ? refusal_->text : status.reason.empty() && apart ? no_contact() : status.reason;
+      entry["reason"] = refusal_  ? refusal_->text
+                        : trouble ? status.reason
+                        : apart   ? no_contact()
+                        : paused  ? paused_there(now - status.source_paused_since)
+                                  : "";
     } else {
       continue;  // not replicated
     }

@@ -37,6 +37,8 @@ class GroupChannel {
   virtual ~GroupChannel() = default;
 
   virtual bool connected() const = 0;
+  // Whether the peer of this connection has a feature (netproto/repl/hello.h); false without a connection.
+  virtual bool peer_has(uint64_t feature) const = 0;
   // Queues a message. Without a connection it is dropped: whoever needs it sent repeats it from its own state when
   // the connection comes back (on_connected of the group).
   virtual void send(TrafficClass traffic, MessageType type, Bytes payload) = 0;

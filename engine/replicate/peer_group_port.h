@@ -15,6 +15,7 @@ class PeerLink::GroupPort final : public GroupChannel {
   ~GroupPort() override;
 
   bool connected() const override;
+  bool peer_has(uint64_t feature) const override;
   void send(TrafficClass traffic, MessageType type, Bytes payload) override;
   uint64_t queued_bytes(TrafficClass traffic) const override;
   uint64_t queue_limit(TrafficClass traffic) const override;

@@ -441,6 +441,10 @@ bool PeerLink::GroupPort::connected() const {
   return link_ != nullptr && link_->up_ != nullptr;
 }
 
+bool PeerLink::GroupPort::peer_has(uint64_t feature) const {
+  return connected() && (link_->negotiated().features & feature) != 0;
+}
+
 void PeerLink::GroupPort::send(TrafficClass traffic, MessageType type, Bytes payload) {
   VF_ASSERT(is_group_message(type));
   if (link_ != nullptr) link_->send(traffic, type, group_, std::move(payload));

@@ -138,6 +138,7 @@ Status Receiver::Impl::on_peer_hello(const GroupHello& hello) {
 
 void Receiver::Impl::on_disconnected() {
   connected_ = false;
+  source_paused_since_.reset();
   broken_ = false;
   ++connection_;
   drop_queue();
@@ -152,6 +153,14 @@ Status Receiver::Impl::on_message(MessageType type, ByteSpan payload) {
     if (!decoded) status = tl::unexpected<Error>(decoded.error());
   };
   switch (type) {
+    case MessageType::SourceState: {
+      // Not behind the frames that wait: it says what comes after them.
+      const auto state = decode_source_state(payload);
+      check(state);
+      if (status) note_source_state(*state);
+      if (status) return {};
+      break;
+    }
     case MessageType::EpochBegin:
       check(decode_epoch_begin(payload));
       break;
@@ -191,6 +200,12 @@ Status Receiver::Impl::on_message(MessageType type, ByteSpan payload) {
   queue_.emplace_back(type, Bytes(payload.begin(), payload.end()));
   pump();
   return {};
+}
+
+void Receiver::Impl::note_source_state(const SourceState& state) {
+  source_paused_since_.reset();
+  const auto now = static_cast<uint64_t>(executor_.now());
+  if (state.paused) source_paused_since_ = static_cast<Nanoseconds>(now - std::min(now, state.paused_ns));
 }
 
 void Receiver::Impl::pump() {
@@ -334,6 +349,8 @@ ReceiverStatus Receiver::status() const {
   status.foreign_data = impl_->foreign_data_;
   status.reason = impl_->reason_;
   status.reason_since = impl_->reason_since_;
+  status.source_paused = impl_->source_paused_since_.has_value();
+  status.source_paused_since = impl_->source_paused_since_.value_or(0);
   return status;
 }
 

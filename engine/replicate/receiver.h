@@ -50,6 +50,8 @@ struct ReceiverStatus {
   bool foreign_data = false;
   std::string reason;  // why an epoch could not be taken or applied, until one is; empty when all is well
   Nanoseconds reason_since = 0;
+  bool source_paused = false;  // the source has said so on this connection
+  Nanoseconds source_paused_since = 0;
   uint64_t received_body_bytes = 0;
   uint64_t received_wire_bytes = 0;   // of the same messages, as they came
   uint64_t reference_mismatches = 0;  // frames
@@ -89,8 +91,8 @@ class Receiver {
   void fill_hello(GroupHello& hello) const;
   Status on_peer_hello(const GroupHello& hello);  // an error: refuse this peer with this reason
   void on_disconnected();
-  // EpochBegin, EpochData, EpochEnd, EpochAbandon, VerifyRequest. An error: the peer broke the protocol; drop the
-  // connection.
+  // SourceState, EpochBegin, EpochData, EpochEnd, EpochAbandon, VerifyRequest. An error: the peer broke the protocol;
+  // drop the connection.
   Status on_message(MessageType type, ByteSpan payload);
 
   // Attempt and epoch of the last handover whose final epoch is applied here and is still the newest; none otherwise.

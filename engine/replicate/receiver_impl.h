@@ -54,6 +54,7 @@ struct Receiver::Impl {
   Status on_peer_hello(const GroupHello& hello);
   void on_disconnected();
   Status on_message(MessageType type, ByteSpan payload);
+  void note_source_state(const SourceState& state);
   void pump();
   void drop_queue();
   void next();                   // the message being handled is done
@@ -133,6 +134,7 @@ struct Receiver::Impl {
   bool half_applied_ = false;  // a committed epoch is in the files in part
   std::string reason_;
   Nanoseconds reason_since_ = 0;
+  std::optional<Nanoseconds> source_paused_since_;  // not paused, as far as is known
 
   uint64_t received_ = 0;  // body bytes since the connection came up, as are the next two
   uint64_t consumed_ = 0;

@@ -138,8 +138,25 @@ Status Sender::Impl::on_peer_hello(const GroupHello& hello) {
   refuse_early_final();
   if (current_) continue_current(hello);
   restart_pipeline(current_ ? frame_next_ - 1 : frame_applied_);
+  if (paused_) say_paused();
   pump_soon();
   return {};
+}
+
+void Sender::Impl::set_paused(bool paused) {
+  if (paused_ != paused) {
+    paused_ = paused;
+    paused_at_ = executor_.now();
+    if (connected_) say_paused();
+  }
+  pump_soon();
+}
+
+// An older peer would refuse the message; it goes on calling its copy in sync.
+void Sender::Impl::say_paused() {
+  if (!channel_.peer_has(kFeatureSourceState)) return;
+  const auto paused_ns = static_cast<uint64_t>(paused_ ? executor_.now() - paused_at_ : 0);
+  send(TrafficClass::Control, MessageType::SourceState, SourceState{.paused = paused_, .paused_ns = paused_ns});
 }
 
 // Decides whether the copy fits our dirty state, and how the next epoch may reach it.
@@ -318,11 +335,10 @@ void Sender::set_overwrite_peer(bool allowed) {
   impl_->options_.overwrite_peer = allowed;
 }
 void Sender::pause() {
-  impl_->paused_ = true;
+  impl_->set_paused(true);
 }
 void Sender::resume() {
-  impl_->paused_ = false;
-  impl_->pump_soon();
+  impl_->set_paused(false);
 }
 void Sender::sync_now() {
   impl_->sync_wanted_ = true;

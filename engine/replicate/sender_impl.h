@@ -21,6 +21,7 @@
 #include "engine/replicate/index_learner.h"
 #include "engine/replicate/progress.h"
 #include "engine/replicate/sender.h"
+#include "netproto/repl/hello.h"
 
 namespace vmferry {
 
@@ -91,6 +92,8 @@ struct Sender::Impl {
   bool resume_current(uint64_t frame);
   void on_disconnected();
   Status on_message(MessageType type, ByteSpan payload);
+  void set_paused(bool paused);
+  void say_paused();
   void restart_pipeline(uint64_t frame);
   template <typename Message>
   void send(TrafficClass traffic, MessageType type, const Message& message) {
@@ -157,7 +160,8 @@ struct Sender::Impl {
   bool started_ = false;
   bool connected_ = false;  // and both hellos agree
   bool paused_ = false;
-  std::string refusal_;  // of the last hello or epoch
+  Nanoseconds paused_at_ = 0;  // when that changed last
+  std::string refusal_;        // of the last hello or epoch
   bool degraded_ = false;
   GroupHello peer_;
   CopyQuality peer_quality_ = CopyQuality::None;

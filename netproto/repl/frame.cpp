@@ -47,6 +47,7 @@ bool is_known_message(uint16_t type) {
     case MessageType::PeerReply:
     case MessageType::GroupHello:
     case MessageType::GroupReject:
+    case MessageType::SourceState:
     case MessageType::EpochBegin:
     case MessageType::EpochData:
     case MessageType::EpochEnd:

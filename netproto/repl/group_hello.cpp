@@ -97,4 +97,20 @@ Result<GroupReject> decode_group_reject(ByteSpan payload) {
   return reject;
 }
 
+Bytes encode(const SourceState& state) {
+  Bytes out;
+  ByteWriter(out).u8(state.paused ? 1 : 0).le64(state.paused_ns);
+  return out;
+}
+
+Result<SourceState> decode_source_state(ByteSpan payload) {
+  ByteReader reader(payload);
+  const uint8_t paused = reader.u8();
+  SourceState state{.paused = paused == 1, .paused_ns = reader.le64()};
+  if (!reader.done() || paused > 1 || (!state.paused && state.paused_ns != 0)) {
+    return fail(ErrorKind::Corrupt, "source state of {} bytes is malformed", payload.size());
+  }
+  return state;
+}
+
 }  // namespace vmferry

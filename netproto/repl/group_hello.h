@@ -68,7 +68,16 @@ struct GroupReject {
 };
 inline constexpr size_t kRejectReasonMax = 1024;
 
+// From the source, after the hellos when it is paused, and at each change: whether anything will come.
+struct SourceState {
+  bool paused = false;
+  uint64_t paused_ns = 0;  // for so long already; 0 when not paused
+  friend bool operator==(const SourceState&, const SourceState&) = default;
+};
+
 Bytes encode(const GroupReject& reject);
 Result<GroupReject> decode_group_reject(ByteSpan payload);
+Bytes encode(const SourceState& state);
+Result<SourceState> decode_source_state(ByteSpan payload);
 
 }  // namespace vmferry

@@ -27,8 +27,10 @@ enum FeatureBits : uint64_t {
   kFeatureEpochs = 1 << 0,        // epochs and full copies (section 4)
   kFeatureHandover = 1 << 1,      // handover messages of version 1 (section 5)
   kFeatureMemoryStream = 1 << 2,  // QEMU's stream through the link (section 6)
+  kFeatureSourceState = 1 << 3,   // SourceState (section 4.1)
 };
-inline constexpr uint64_t kFeaturesKnown = kFeatureEpochs | kFeatureHandover | kFeatureMemoryStream;
+inline constexpr uint64_t kFeaturesKnown =
+    kFeatureEpochs | kFeatureHandover | kFeatureMemoryStream | kFeatureSourceState;
 
 // Fields are only ever appended: a decoder ignores what follows the ones it knows, so that any two versions can read
 // each other's Hello far enough to say why they do not fit.

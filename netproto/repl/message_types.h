@@ -23,6 +23,7 @@ enum class MessageType : uint16_t {
   // Group level; payload begins with the 16-byte group id on the wire
   GroupHello = 32,   // (volumes, sizes, role, term, attempt, state, last epoch) from both on every connection (H6)
   GroupReject = 33,  // this group is refused: reason
+  SourceState = 34,  // paused or not; only to a peer with kFeatureSourceState
 
   // Replication (netproto/repl/epoch_messages.h)
   EpochBegin = 64,

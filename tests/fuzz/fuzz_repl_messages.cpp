@@ -82,6 +82,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 11:
       round_trip(bytes, decode_verify_reply);
       break;
+    case 13:
+      round_trip(bytes, decode_source_state);
+      break;
     default:
       frame_body(bytes);
   }

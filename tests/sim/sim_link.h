@@ -77,6 +77,7 @@ class SimLink {
    public:
     Channel(SimLink& link, size_t side) : link_(link), side_(side) {}
     bool connected() const override { return link_.ends_[side_].aware; }
+    bool peer_has(uint64_t) const override { return connected(); }
     void send(TrafficClass traffic, MessageType type, Bytes payload) override {
       link_.send(side_, traffic, type, std::move(payload));
     }

@@ -17,6 +17,7 @@ class LoopbackLink {
    public:
     End(LoopbackLink& link, bool to_sink) : link_(link), to_sink_(to_sink) {}
     bool connected() const override { return link_.connected_; }
+    bool peer_has(uint64_t) const override { return link_.connected_; }
     void send(TrafficClass, MessageType type, Bytes payload) override {
       if (link_.connected_) link_.transport(to_sink_, type, std::move(payload));
     }

@@ -168,6 +168,7 @@ class FakeChannel final : public GroupChannel {
  public:
   explicit FakeChannel(Host& host) : host_(host) {}
   bool connected() const override;
+  bool peer_has(uint64_t) const override { return connected(); }
   void send(TrafficClass traffic, MessageType type, Bytes payload) override;
   uint64_t queued_bytes(TrafficClass) const override { return 0; }
   uint64_t queue_limit(TrafficClass) const override { return 1 << 20; }

@@ -67,6 +67,7 @@ std::vector<Sample> samples() {
   out.push_back(sample("group_hello", hello(), decode_group_hello));
   out.push_back(
       sample("group_reject", GroupReject{ErrorKind::Mismatch, "volume 'vda' has another size"}, decode_group_reject));
+  out.push_back(sample("source_state", SourceState{.paused = true, .paused_ns = 90'000'000'000}, decode_source_state));
   out.push_back(sample("epoch_begin",
                        EpochBegin{.epoch = 41,
                                   .session = id(4),
@@ -171,6 +172,8 @@ TEST(EpochMessages, ValuesOutsideTheirRangeAreRefused) {
   EXPECT_TRUE(refused(decode_epoch_begin(encode(EpochBegin{
       .epoch = 1, .session = id(1), .lineage = id(2), .kind = static_cast<EpochKind>(3), .first_frame = 1}))));
   EXPECT_TRUE(refused(decode_epoch_ack(encode(EpochAck{1, CopyQuality::Inconsistent}))));
+  EXPECT_TRUE(refused(decode_source_state(encode(SourceState{.paused = false, .paused_ns = 1}))));
+  EXPECT_TRUE(refused(decode_source_state(Bytes{2, 0, 0, 0, 0, 0, 0, 0, 0})));
   EXPECT_TRUE(refused(decode_epoch_resend(encode(EpochResend{1, 1, {}}))));
   EXPECT_TRUE(refused(decode_epoch_resend(encode(EpochResend{1, 1, {{0, {0, 0}}}}))));
   EXPECT_TRUE(refused(decode_epoch_resend(encode(EpochResend{1, 1, {{0, {0, kFrameLiteralMax + 1}}}}))));

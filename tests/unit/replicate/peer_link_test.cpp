@@ -45,6 +45,25 @@ TEST_F(PeerLinkTest, GroupMessagesArriveWholeAndInOrder) {
   }
 }
 
+TEST_F(PeerLinkTest, GroupsKnowWhatBothSidesHave) {
+  // A message of a later feature ends the replication with a peer that does not know it.
+  PeerServiceOptions older;
+  older.features = kFeatureEpochs | kFeatureHandover | kFeatureMemoryStream;
+  make_daemons({}, older);
+  pair_daemons();
+  a->open_group("bee");
+  EXPECT_TRUE(a->channel->peer_has(kFeatureMemoryStream));
+  EXPECT_FALSE(a->channel->peer_has(kFeatureSourceState));
+  b->service->stop();
+  executor.run_for(15 * kSecond);
+  ASSERT_FALSE(a->channel->connected());
+  EXPECT_FALSE(a->channel->peer_has(kFeatureMemoryStream));
+  b->options_.features = kFeaturesKnown;
+  b->restart();
+  ASSERT_TRUE(executor.run_until([&] { return a->channel->connected(); }));
+  EXPECT_TRUE(a->channel->peer_has(kFeatureSourceState));
+}
+
 TEST_F(PeerLinkTest, TheLargestMessageArrives) {
   pair_with_groups();
   const Bytes largest = random_bytes(kFramePayloadSizeMax - 16, 3);

@@ -71,6 +71,49 @@ TEST(SenderStatus, PausedNamesTheWayOut) {
   EXPECT_NE(world.a.sender->status().reason.find("replicate resume"), std::string::npos);
 }
 
+TEST(ReceiverStatus, TellsThatTheSourceIsPausedAsLongAsItIs) {
+  // The copy would call itself in sync for the week in which nobody resumes.
+  TestWorld world(small_world());
+  start(world);
+  ASSERT_TRUE(world.sync());
+  const auto paused = [&world] {
+    world.executor.run_for(kSecond);
+    return world.b.receiver->status().source_paused;
+  };
+  EXPECT_FALSE(paused());
+  const Nanoseconds at = world.executor.now();
+  world.a.sender->pause();
+  EXPECT_TRUE(paused());
+  EXPECT_NEAR(static_cast<double>(world.b.receiver->status().source_paused_since), static_cast<double>(at), 1e8);
+  // A new connection says it again, and since when.
+  world.executor.run_for(60 * kSecond);
+  world.cut();
+  EXPECT_FALSE(paused()) << "without a connection nobody knows";
+  ASSERT_TRUE(world.connect());
+  EXPECT_TRUE(paused());
+  EXPECT_NEAR(static_cast<double>(world.b.receiver->status().source_paused_since), static_cast<double>(at), 1e8);
+  world.a.sender->resume();
+  EXPECT_FALSE(paused());
+  ASSERT_TRUE(world.sync());
+}
+
+TEST(ReceiverStatus, IsNotToldOfAPauseByAMessageThatAnOlderPeerWouldRefuse) {
+  // Pausing after an upgrade of one side would end the replication.
+  TestWorld world(small_world());
+  world.link.a.features = kFeatureEpochs | kFeatureHandover | kFeatureMemoryStream;
+  start(world);
+  ASSERT_TRUE(world.sync());
+  bool told = false;
+  world.link.a.tamper = [&told](MessageType type, Bytes&) { told = told || type == MessageType::SourceState; };
+  world.a.sender->pause();
+  world.cut();
+  ASSERT_TRUE(world.connect());
+  world.executor.run_for(kSecond);
+  world.a.sender->resume();
+  ASSERT_TRUE(world.sync());
+  EXPECT_FALSE(told);
+}
+
 class Verifying : public ::testing::Test {
  protected:
   Verifying() : world(small_world()) { start(world); }

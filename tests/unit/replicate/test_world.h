@@ -17,6 +17,7 @@
 #include "engine/base/random.h"
 #include "engine/replicate/receiver.h"
 #include "engine/replicate/sender.h"
+#include "netproto/repl/hello.h"
 
 namespace vmferry::testing {
 
@@ -92,6 +93,7 @@ class TestLink;
 class TestChannel final : public GroupChannel {
  public:
   bool connected() const override;
+  bool peer_has(uint64_t feature) const override { return connected() && (features & feature) != 0; }
   void send(TrafficClass traffic, MessageType type, Bytes payload) override;
   uint64_t queued_bytes(TrafficClass traffic) const override { return queued[static_cast<size_t>(traffic)]; }
   uint64_t queue_limit(TrafficClass) const override { return 256 * 1024; }
@@ -99,6 +101,7 @@ class TestChannel final : public GroupChannel {
 
   TestLink* link = nullptr;
   TestChannel* other = nullptr;
+  uint64_t features = kFeaturesKnown;  // of both sides
   std::function<void(MessageType, const Bytes&)> deliver;  // at this end
   std::function<void(TrafficClass)> writable;
   uint64_t queued[kTrafficClassCount] = {};
