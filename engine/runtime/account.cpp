@@ -22,28 +22,26 @@ std::optional<uint32_t> number(std::string_view text) {
   return static_cast<uint32_t>(*value);
 }
 
+// The entry of that name in one of the system's tables; `look_up` is getpwnam_r or getgrnam_r.
+template <typename Entry, typename LookUp>
+Result<Entry> find_entry(std::string_view what, const std::string& name, LookUp look_up) {
+  std::vector<char> space(kEntryMax);
+  Entry entry{};
+  Entry* found = nullptr;
+  const int error = look_up(name.c_str(), &entry, space.data(), space.size(), &found);
+  if (found != nullptr) return entry;
+  return fail(ErrorKind::NotFound, "no {} '{}'{}", what, name,
+              error == 0 ? std::string() : ": " + std::string(errno_text(error)));
+}
+
 Result<uid_t> find_user(const std::string& name) {
   if (const auto id = number(name)) return *id;
-  std::vector<char> space(kEntryMax);
-  struct passwd entry {};
-  struct passwd* found = nullptr;
-  const int error = getpwnam_r(name.c_str(), &entry, space.data(), space.size(), &found);
-  if (found == nullptr)
-    return fail(ErrorKind::NotFound, "no user '{}'{}", name,
-                error == 0 ? std::string() : ": " + std::string(errno_text(error)));
-  return entry.pw_uid;
+  return find_entry<passwd>("user", name, getpwnam_r).map([](const passwd& entry) { return entry.pw_uid; });
 }
 
 Result<gid_t> find_group(const std::string& name) {
   if (const auto id = number(name)) return *id;
-  std::vector<char> space(kEntryMax);
-  struct group entry {};
-  struct group* found = nullptr;
-  const int error = getgrnam_r(name.c_str(), &entry, space.data(), space.size(), &found);
-  if (found == nullptr)
-    return fail(ErrorKind::NotFound, "no group '{}'{}", name,
-                error == 0 ? std::string() : ": " + std::string(errno_text(error)));
-  return entry.gr_gid;
+  return find_entry<group>("group", name, getgrnam_r).map([](const group& entry) { return entry.gr_gid; });
 }
 
 }  // namespace

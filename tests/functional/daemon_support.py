@@ -16,6 +16,8 @@ import time
 import unittest
 from pathlib import Path
 
+import nbd
+
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from vmlib import Build, Daemon, VmferryError, pair, wait_until  # noqa: E402,F401  (re-exported)
 
@@ -212,6 +214,18 @@ class DaemonCase(unittest.TestCase):
         if check and failed:
             raise AssertionError(f"qemu-io {commands}: {done.stdout}{done.stderr}")
         return done
+
+    def nbd_client(self, path, export: str = "vda") -> nbd.NBD:
+        """A libnbd client of the volume at `path`, which goes in the end, however its connection is by then."""
+        client = nbd.NBD()
+        client.connect_uri(self.uri(path, export))
+        self.addCleanup(self.disconnect, client)
+        return client
+
+    @staticmethod
+    def disconnect(client) -> None:
+        with contextlib.suppress(nbd.Error):
+            client.shutdown()
 
     def in_sync(self, daemon: Daemon, *volumes: str, timeout: str = "30s") -> None:
         daemon.vmferry("replicate", "wait", *(volumes or ["vda"]), "--timeout", timeout)

@@ -453,17 +453,7 @@ class GuestOfAFormerPrimary(TroubleCase):
     """A guest that still runs where it must not: its disk may fail, but it may not turn into another one."""
 
     def connected(self, side: str) -> nbd.NBD:
-        client = nbd.NBD()
-        client.connect_uri(self.uri(self.path(f"{side}-vda.img")))
-        self.addCleanup(self.disconnect, client)
-        return client
-
-    @staticmethod
-    def disconnect(client) -> None:
-        try:
-            client.shutdown()
-        except nbd.Error:
-            pass
+        return self.nbd_client(self.path(f"{side}-vda.img"))
 
     @staticmethod
     def promoted(daemon) -> bool:

@@ -14,19 +14,6 @@ from daemon_support import BUILD, MIB, Daemon, DaemonCase, digest, new_address, 
 
 
 class StoreErrors(DaemonCase):
-    def connect(self, path, export: str = "vda") -> nbd.NBD:
-        client = nbd.NBD()
-        client.connect_uri(self.uri(path, export))
-        self.addCleanup(self.disconnect, client)
-        return client
-
-    @staticmethod
-    def disconnect(client) -> None:
-        try:
-            client.shutdown()
-        except nbd.Error:
-            pass
-
     def expect_error(self, name: str, call, *arguments) -> None:
         with self.assertRaises(nbd.Error) as caught:
             call(*arguments)
@@ -54,7 +41,7 @@ class StoreErrors(DaemonCase):
         client.pwrite(b"a" * MIB, 0)
         self.expect_error("ENOSPC", lambda: [client.pwrite(b"b" * MIB, n * MIB) for n in range(1, 16)])
         self.assertEqual(client.pread(MIB, 0), bytearray(b"a" * MIB))
-        self.connect(fine, "vdb").pwrite(b"x" * 4096, 0)  # the other volume does not notice
+        self.nbd_client(fine, "vdb").pwrite(b"x" * 4096, 0)  # the other volume does not notice
         self.wait_log(a, "No space left on device")
         line = next(line for line in a.log().splitlines() if "No space" in line)
         self.assertIn("thin.img", line)
@@ -70,7 +57,7 @@ class StoreErrors(DaemonCase):
             with self.subTest(cache=cache):
                 image = self.image(f"shrink-{cache}.img", 8 * MIB, data=8 * MIB)
                 a = self.daemon(f"a-{cache}", self.volume("vda", image, f"cache={cache}"))
-                client = self.connect(image)
+                client = self.nbd_client(image)
                 before = client.pread(4096, 0)
                 os.truncate(image, 5 * MIB + 1000)
                 self.assertEqual(client.pread(4096, 0), before)
@@ -123,7 +110,7 @@ class StoreErrors(DaemonCase):
         a = Daemon("a", folder, BUILD, [self.volume("vda", image)])
         self.daemons.append(a)
         a.start()
-        client = self.connect(image)
+        client = self.nbd_client(image)
         with self.assertRaises(OSError), open(folder / "filler", "wb", buffering=0) as filler:
             while True:
                 filler.write(b"f" * 4096)
@@ -136,9 +123,9 @@ class StoreErrors(DaemonCase):
         # SIGTERM that never ends, because one of twenty disks is gone, takes the other nineteen with it.
         sick, well = self.image("sick.img", 8 * MIB, data=8 * MIB), self.image("well.img", 8 * MIB)
         a = self.daemon("a", self.volume("vda", sick), self.volume("vdb", well))
-        self.connect(well, "vdb").pwrite(b"w" * 4096, 4096)
+        self.nbd_client(well, "vdb").pwrite(b"w" * 4096, 4096)
         os.truncate(sick, 0)
-        client = self.connect(sick)
+        client = self.nbd_client(sick)
         self.expect_error("EIO", client.pread, 4096, 0)
         self.assertEqual(a.stop(timeout=15), 0)
         self.assertEqual(well.read_bytes()[4096:8192], b"w" * 4096)

@@ -5,7 +5,6 @@
 //
 // The first byte chooses the decoder. A configuration without problems must hold what the daemon relies on; a record
 // that is accepted must survive being written again, or a restart would change a role or forget a peer.
-#include <cstdlib>
 
 #include "engine/base/id.h"
 #include "engine/control/config.h"
@@ -14,13 +13,10 @@
 #include "engine/replicate/replica_state.h"
 #include "engine/track/metadata_layout.h"
 #include "netproto/rpc/json_rpc.h"
+#include "tests/fuzz/require.h"
 
 namespace vmferry {
 namespace {
-
-void require(bool condition) {
-  if (!condition) std::abort();
-}
 
 void check_problems(const std::vector<ConfigProblem>& problems) {
   for (const ConfigProblem& problem : problems) require(!problem.text.empty());

@@ -5,16 +5,12 @@
 // The first byte chooses the decoder. What a decoder accepts must name an attempt and survive encoding: two daemons
 // that read one message differently agree on no owner, or on two.
 #include <algorithm>
-#include <cstdlib>
 
 #include "netproto/repl/handover_messages.h"
+#include "tests/fuzz/require.h"
 
 namespace vmferry {
 namespace {
-
-void require(bool condition) {
-  if (!condition) std::abort();
-}
 
 template <typename Decode>
 void round_trip(ByteSpan bytes, Decode decode) {

@@ -5,11 +5,11 @@
 // The first byte chooses how the stream is cut, because sockets cut where they like; the rest is what the client sends.
 // The greeting is not part of it, so that most inputs get into the options; the corpus holds whole valid sessions.
 #include <algorithm>
-#include <cstdlib>
 
 #include "engine/base/units.h"
 #include "netproto/nbd/handshake.h"
 #include "netproto/nbd/transmission.h"
+#include "tests/fuzz/require.h"
 
 namespace {
 
@@ -38,10 +38,6 @@ class Catalog final : public ExportCatalog {
     return {writable, read_only};
   }
 };
-
-void require(bool condition) {
-  if (!condition) std::abort();
-}
 
 // As NbdConnection does it: a write's payload goes to a buffer of exactly its size.
 void transmit(RequestParser& parser, const RequestRules& rules, Bytes& buffer, ByteSpan& bytes, Bytes& out) {

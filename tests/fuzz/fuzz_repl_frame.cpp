@@ -6,20 +6,16 @@
 // The first byte chooses: 0 a raw stream, 1 a stream whose header checksums are made right (so that the fuzzer gets
 // behind them), others one message decoder each. Streams are fed whole and byte by byte, which must not differ; what
 // a decoder accepts must survive encoding.
-#include <cstdlib>
 #include <vector>
 
 #include "engine/base/hash.h"
 #include "netproto/repl/frame.h"
 #include "netproto/repl/hello.h"
 #include "netproto/repl/pairing.h"
+#include "tests/fuzz/require.h"
 
 namespace vmferry {
 namespace {
-
-void require(bool condition) {
-  if (!condition) std::abort();
-}
 
 struct Outcome {
   bool ok = true;

@@ -4,16 +4,12 @@
 //
 // The first byte chooses the decoder. What a decoder accepts must survive encoding, and hold the limits that its users
 // rely on.
-#include <cstdlib>
 
 #include "netproto/repl/epoch_messages.h"
+#include "tests/fuzz/require.h"
 
 namespace vmferry {
 namespace {
-
-void require(bool condition) {
-  if (!condition) std::abort();
-}
 
 template <typename Decode>
 void round_trip(ByteSpan bytes, Decode decode) {

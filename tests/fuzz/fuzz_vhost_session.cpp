@@ -10,7 +10,6 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -20,15 +19,12 @@
 #include "netproto/vhost/message.h"
 #include "netproto/virtio/blk.h"
 #include "netproto/virtio/driver_ring.h"
+#include "tests/fuzz/require.h"
 
 namespace {
 
 using namespace vmferry;
 using vhost::Request;
-
-void require(bool condition) {
-  if (!condition) std::abort();
-}
 
 constexpr uint64_t kGuest = 0x100000;
 constexpr uint64_t kUser = 0x7f0000000000;

@@ -5,21 +5,17 @@
 // The input is a script of two-byte steps. Descriptors written by it mostly point into the memory and to the next
 // descriptor, because a chain that is refused at its first field tests nothing behind it; one step in eight is free.
 // Whatever comes, a taken chain is bounded, a broken queue stays broken, and nothing outside the memory is touched.
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
 
 #include "netproto/virtio/virtqueue.h"
+#include "tests/fuzz/require.h"
 
 namespace {
 
 using namespace vmferry;
 using namespace vmferry::virtio;
-
-void require(bool condition) {
-  if (!condition) std::abort();
-}
 
 constexpr uint64_t kGuest = 0x10000;
 constexpr uint64_t kSize = 16_KiB;

@@ -15,6 +15,15 @@
 
 namespace vmferry {
 
+// Of several requests at once, none of which may fail.
+struct DoneCounter final : BlockCompletion {
+  size_t done = 0;
+  void block_done(BlockRequest&, Errno error) noexcept override {
+    EXPECT_EQ(error, 0);
+    ++done;
+  }
+};
+
 class FileStoreFixture : public testing::Test {
  protected:
   void SetUp() override {

@@ -121,13 +121,7 @@ TEST_P(FileStoreTest, RandomConcurrentOperationsMatchAModel) {
 // Two read-modify-writes of one block at once: the later would write back the old bytes of the earlier.
 TEST_P(FileStoreTest, NeighboursInOneBlockDoNotOverwriteEachOther) {
   open(options(64_KiB));
-  struct Counter final : BlockCompletion {
-    int done = 0;
-    void block_done(BlockRequest&, Errno error) noexcept override {
-      EXPECT_EQ(error, 0);
-      ++done;
-    }
-  } counter;
+  DoneCounter counter;
   Bytes bytes(4096);
   for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(1 + i % 255);
   std::vector<BlockRequest> requests;
@@ -135,7 +129,7 @@ TEST_P(FileStoreTest, NeighboursInOneBlockDoNotOverwriteEachOther) {
     requests.push_back(
         {.op = BlockOp::Write, .range = {8192 + i * 8, 8}, .data = bytes.data() + i * 8, .completion = &counter});
   for (BlockRequest& request : requests) store->submit(request);
-  ASSERT_TRUE(reactor->run_until([&] { return counter.done == 512; }, 10 * kSecond));
+  ASSERT_TRUE(reactor->run_until([&] { return counter.done == 512U; }, 10 * kSecond));
   EXPECT_TRUE(content(8192, 4096) == bytes);
 }
 
@@ -145,13 +139,7 @@ TEST_P(FileStoreTest, TheLastPartialBlockDoesNotUndoItsNeighbours) {
   constexpr uint64_t kStart = 64_KiB;
   constexpr uint64_t kEnd = kStart + 5 * 512 + 77;
   open(options(kEnd));
-  struct Counter final : BlockCompletion {
-    size_t left = 0;
-    void block_done(BlockRequest&, Errno error) noexcept override {
-      EXPECT_EQ(error, 0);
-      --left;
-    }
-  } counter;
+  DoneCounter counter;
   for (int round = 0; round < 300; ++round) {
     Bytes bytes(kEnd - kStart, static_cast<uint8_t>(round + 1));
     std::vector<BlockRequest> requests;
@@ -161,9 +149,9 @@ TEST_P(FileStoreTest, TheLastPartialBlockDoesNotUndoItsNeighbours) {
                           .data = bytes.data() + at,
                           .completion = &counter});
     if (round % 2 == 0) std::swap(requests.front(), requests.back());
-    counter.left = requests.size();
+    counter.done = 0;
     for (BlockRequest& request : requests) store->submit(request);
-    ASSERT_TRUE(reactor->run_until([&] { return counter.left == 0; }, 10 * kSecond));
+    ASSERT_TRUE(reactor->run_until([&] { return counter.done == requests.size(); }, 10 * kSecond));
     if (round % 4 == 0) {
       ASSERT_EQ(flush(), 0);
     }
@@ -174,13 +162,7 @@ TEST_P(FileStoreTest, TheLastPartialBlockDoesNotUndoItsNeighbours) {
 // More unaligned requests than bounce buffers: they must queue, not deadlock and not allocate without bound.
 TEST_P(FileStoreTest, ManyUnalignedRequestsAtOnceAllFinish) {
   open(options(64_MiB));
-  struct Counter final : BlockCompletion {
-    int done = 0;
-    void block_done(BlockRequest&, Errno error) noexcept override {
-      EXPECT_EQ(error, 0);
-      ++done;
-    }
-  } counter;
+  DoneCounter counter;
   const Bytes bytes = pattern(700'000, 3);
   std::vector<BlockRequest> requests;
   for (uint64_t i = 0; i < 60; ++i)

@@ -5,12 +5,11 @@
 #include "netproto/tls/tls_credentials.h"
 
 #include <gtest/gtest.h>
-#include <openssl/ssl.h>
 
 #include <cstring>
 
 #include "engine/base/hash.h"
-#include "netproto/tls/tls_session.h"
+#include "tests/unit/netproto/openssl_client.h"
 
 namespace vmferry {
 namespace {
@@ -22,38 +21,18 @@ Result<std::shared_ptr<const TlsCredentials>> with_keys(std::string text) {
 }
 
 // A client that knows one user's key.
-class PskClient {
+class PskClient : public OpenSslClient {
  public:
   PskClient(int version, std::string user, std::string_view key)
-      : user_(std::move(user)), key_(from_hex(key)), context_(SSL_CTX_new(TLS_client_method())) {
-    SSL_CTX_set_min_proto_version(context_, version);
-    SSL_CTX_set_max_proto_version(context_, version);
-    SSL_CTX_set_cipher_list(context_, "PSK:ECDHE");
-    SSL_CTX_set_psk_client_callback(context_, offer);
-    ssl_ = SSL_new(context_);
-    SSL_set_app_data(ssl_, this);
-    SSL_set_bio(ssl_, BIO_new(BIO_s_mem()), BIO_new(BIO_s_mem()));
-    SSL_set_connect_state(ssl_);
-  }
-  PskClient(const PskClient&) = delete;
-  PskClient& operator=(const PskClient&) = delete;
-  ~PskClient() {
-    SSL_free(ssl_);
-    SSL_CTX_free(context_);
-  }
-  Status talk_to(TlsSession& server) {
-    Bytes plaintext;
-    for (int round = 0; round < 5; ++round) {
-      SSL_do_handshake(ssl_);
-      char* data = nullptr;
-      const long size = BIO_get_mem_data(SSL_get_wbio(ssl_), &data);
-      const Bytes bytes(data, data + size);
-      BIO_reset(SSL_get_wbio(ssl_));
-      if (auto fed = server.feed(bytes, plaintext); !fed) return fed;
-      const Bytes back = server.take_output();
-      BIO_write(SSL_get_rbio(ssl_), back.data(), static_cast<int>(back.size()));
-    }
-    return {};
+      : OpenSslClient([version](SSL_CTX* context) {
+          SSL_CTX_set_min_proto_version(context, version);
+          SSL_CTX_set_max_proto_version(context, version);
+          SSL_CTX_set_cipher_list(context, "PSK:ECDHE");
+          SSL_CTX_set_psk_client_callback(context, offer);
+        }),
+        user_(std::move(user)),
+        key_(from_hex(key)) {
+    SSL_set_app_data(ssl(), this);
   }
 
  private:
@@ -68,8 +47,6 @@ class PskClient {
 
   const std::string user_;
   const Bytes key_;
-  SSL_CTX* context_;
-  SSL* ssl_ = nullptr;
 };
 
 // proto.md: TLS 1.2 has to be supported; a server that speaks 1.3 only shuts older clients out without a word.

@@ -2,9 +2,10 @@
 #include "netproto/tls/tls_session.h"
 
 #include <gtest/gtest.h>
-#include <openssl/ssl.h>
 
 #include <algorithm>
+
+#include "tests/unit/netproto/openssl_client.h"
 
 namespace vmferry {
 namespace {
@@ -140,41 +141,13 @@ TEST(TlsSession, RubbishIsRefused) {
   }
 }
 
-// A client of OpenSSL with settings of its own, through memory BIOs.
-class ForeignClient {
- public:
-  explicit ForeignClient(int version) : context_(SSL_CTX_new(TLS_client_method())) {
-    SSL_CTX_set_max_proto_version(context_, version);
-    SSL_CTX_set_security_level(context_, 0);
-    ssl_ = SSL_new(context_);
-    SSL_set_bio(ssl_, BIO_new(BIO_s_mem()), BIO_new(BIO_s_mem()));
-    SSL_set_connect_state(ssl_);
-  }
-  ForeignClient(const ForeignClient&) = delete;
-  ForeignClient& operator=(const ForeignClient&) = delete;
-  ~ForeignClient() {
-    SSL_free(ssl_);
-    SSL_CTX_free(context_);
-  }
-  // Status of the server after the conversation.
-  Status talk_to(TlsSession& server) {
-    Bytes plaintext;
-    for (int round = 0; round < 5; ++round) {
-      SSL_do_handshake(ssl_);
-      char* data = nullptr;
-      const long size = BIO_get_mem_data(SSL_get_wbio(ssl_), &data);
-      const Bytes bytes(data, data + size);
-      BIO_reset(SSL_get_wbio(ssl_));
-      if (auto fed = server.feed(bytes, plaintext); !fed) return fed;
-      const Bytes back = server.take_output();
-      BIO_write(SSL_get_rbio(ssl_), back.data(), static_cast<int>(back.size()));
-    }
-    return {};
-  }
-
- private:
-  SSL_CTX* context_;
-  SSL* ssl_ = nullptr;
+// Without a certificate, and of at most this version.
+struct ForeignClient : OpenSslClient {
+  explicit ForeignClient(int version)
+      : OpenSslClient([version](SSL_CTX* context) {
+          SSL_CTX_set_max_proto_version(context, version);
+          SSL_CTX_set_security_level(context, 0);
+        }) {}
 };
 
 TEST(TlsSession, OlderVersionsOfTlsAreRefused) {
