@@ -16,7 +16,7 @@ import time
 import unittest
 from pathlib import Path
 
-from vmlib import Build, Collector, Guest, NbdDisk, RawDisk, Workload
+from vmlib import Build, Collector, Guest, NbdDisk, RawDisk, Workload, wait_until
 
 RECORD = 4096
 BUILD = Build()
@@ -240,6 +240,8 @@ class GuestTest(InFolder):
             with guest:
                 started = guest.wait_started()
                 time.sleep(3)
+                wait_until(lambda: sum(beat[0] >= started for beat in collector.heartbeats()) > 200 and
+                           collector.acknowledged_bytes() > 1000 * RECORD, 60, "beats and records")
                 pages, bad = guest.verify_memory()
                 beats = [beat for beat in collector.heartbeats() if beat[0] >= started]
                 cpu, up = guest.cpu_seconds(), time.monotonic() - begin
@@ -274,7 +276,7 @@ class GuestTest(InFolder):
             with Guest("a", self.folder, BUILD.qemu("10"), BUILD.guest_image(), collector, [RawDisk(image)],
                        workload=workload, memory_mb=256) as guest:
                 guest.wait_started()
-                time.sleep(2)
+                wait_until(lambda: collector.acknowledged_bytes() > 600 * RECORD, 60, "records")
                 guest.stop_load()
             self.assertEqual(collector.errors(), [])
             self.assertGreaterEqual(int(collector.wait_for("R", "warm").text.split()[1]), 20 << 20)
@@ -390,7 +392,7 @@ class MigrationTest(InFolder):
                 resumed = collector.wait_heartbeat(target.pid)
                 collector.wait_for("AW", since=resumed, pid=target.pid, timeout=20)
                 pages, bad = target.verify_memory()
-                time.sleep(1)
+                wait_until(lambda: collector.acknowledged_bytes() > 1100 * RECORD, 60, "records")
                 target.stop_load()
                 gap = collector.largest_gap(begin, resumed + 1)
             print(f"migration: {total:.2f} s, heartbeat gap {gap.seconds * 1000:.0f} ms, {pages} pages verified")

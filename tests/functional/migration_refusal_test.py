@@ -202,10 +202,6 @@ class RefusalTest(MigrationCase):
             # With `pause-before-switchover` left on, the operator's own next migration would wait for ever.
             wait_until(lambda: self.capabilities(lab, "a") == before, 10, "the capabilities are restored")
 
-    def phase(self, lab: Lab) -> str:
-        migrations = lab.daemons["a"].vmferry("migrate", "status")["migrations"]
-        return next((m["phase"] for m in migrations if m["under_way"]), "")
-
 
 if __name__ == "__main__":
     unittest.main(verbosity=2)

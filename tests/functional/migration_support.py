@@ -21,6 +21,10 @@ class MigrationCase(unittest.TestCase):
         settings = {"disk_size": "256M", "fill": "100M", "memory_mb": 256, "workload": LOAD, "rate": "1Gbit", "rtt": "20ms"}
         return Lab(self.folder, BUILD, **{**settings, **options})
 
+    def phase(self, lab: Lab) -> str:
+        migrations = lab.daemons["a"].vmferry("migrate", "status")["migrations"]
+        return next((m["phase"] for m in migrations if m["under_way"]), "")
+
     def capabilities(self, lab: Lab, side: str) -> dict:
         listed = lab.guests[side].qmp.command("query-migrate-capabilities")
         return {entry["capability"]: entry["state"] for entry in listed}

@@ -173,10 +173,9 @@ class ThereAndBackTest(MigrationCase):
         with self.lab() as lab:
             lab.start_guest("a")
             lab.start_guest("b", incoming=True)
-            began = time.monotonic()
             started = lab.daemons["a"].vmferry("migrate", "vda", "--peer", "b", "--background", "--detach", "--quit-source")
-            self.assertLess(time.monotonic() - began, 5)
             self.assertEqual(started["result"], "started")
+            self.assertNotEqual(self.phase(lab), "", "it returned while the migration was under way")
             # Whoever watches meanwhile, also in the moment in which the group is formed, disturbs nothing (I12).
             for number in range(60):
                 daemon = lab.daemons["ab"[number % 2]]

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import socket
 import struct
 import sys
 import time
@@ -16,9 +17,15 @@ import nbd
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from nbd_support import (DISC, FLUSH, OPT_GO, OPT_LIST, READ, WRITE, Server, go, option, read_option_reply,  # noqa: E402
                          receive, request, run, simple_reply)
+from vmlib import wait_until  # noqa: E402
 
 MIB = 1 << 20
 ERR_SHUTDOWN = 0x80000007
+
+
+def listens(path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
 
 
 def vanish(server, dice, count):
@@ -100,7 +107,7 @@ class Abuse(unittest.TestCase):
             connection.sendall(stages[index % len(stages)])
         started = time.monotonic()
         self.assertUsable(server)
-        self.assertLess(time.monotonic() - started, 2)
+        self.assertLess(time.monotonic() - started, 8, "a handshake that stalls is ended after 10 s")
         self.assertEqual(server.stats()["handshakes"], 40)
 
     def test_more_handshakes_than_allowed_push_out_the_oldest(self):
@@ -188,17 +195,17 @@ class Abuse(unittest.TestCase):
         self.assertUsable(server)
 
     def test_shutdown_answers_what_comes_meanwhile(self):
-        server = self.serve()
+        server = self.serve("--drain-grace-ms", "3000")
         working, haggling = server.connect(), server.connect()
         go(working, b"slow")
         receive(haggling, 18)
         haggling.sendall(struct.pack(">I", 3) + option(99))
         read_option_reply(haggling)
         working.sendall(request(WRITE, 0, 4096, cookie=1, payload=bytes(4096)))
-        time.sleep(0.01)
+        wait_until(lambda: (stats := server.stats())["inflight"] > 0 or stats["requests"] > 0, 20, "the write is there")
         server.stopping = True
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.02)
+        wait_until(lambda: not listens(server.socket), 20, "it stops")
         working.sendall(request(READ, 0, 512, cookie=2))
         haggling.sendall(option(OPT_GO, struct.pack(">I", 0) + b"\0\0"))
         answers = dict(reversed(simple_reply(working)) for _ in range(2))

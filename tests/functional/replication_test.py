@@ -34,7 +34,7 @@ class ReplicationCommands(DaemonCase):
         self.assertEqual(b.replication("vda")["state"], "in-sync")
         # Writes arrive by themselves within the promise, and at once when somebody waits.
         self.qemu_io(self.path("a-vda.img"), "write -P 0x5a 20M 4M", "write -P 0x11 63M 1M")
-        wait_until(lambda: digest(self.path("a-vda.img")) == digest(self.path("b-vda.img")), 10, "the epoch arrives by itself")
+        wait_until(lambda: digest(self.path("a-vda.img")) == digest(self.path("b-vda.img")), 30, "the epoch arrives by itself")
         self.qemu_io(self.path("a-vda.img"), "write -P 0x77 1M 1M")
         self.in_sync(a, timeout="10s")
         self.assert_equal_files()
@@ -104,7 +104,7 @@ class ReplicationCommands(DaemonCase):
         time.sleep(2.5)
         self.assertEqual(a.replication("vda")["remaining_bytes"], MIB, "the RPO of an hour is not over")
         a.vmferry("replicate", "set", "vda", "--rpo", "1s", "--bandwidth", "50Mbit")
-        wait_until(lambda: a.replication("vda")["remaining_bytes"] == 0, 5, "the new RPO")
+        wait_until(lambda: a.replication("vda")["remaining_bytes"] == 0, 20, "the new RPO")
         self.assertEqual(a.vmferry("peer", "list")["peers"][0]["rate_limit"], 50_000_000 // 8)
         self.assertEqual(a.stop(), 0)
         a.start()
@@ -284,7 +284,7 @@ class InterruptedCopy(DaemonCase):
         a, _ = self.start_copy()
         before = self.proxy.bytes_to_target
         self.proxy.cut()
-        wait_until(lambda: a.replication("vda")["state"] == "inconsistent", 10, "the loss is seen")
+        wait_until(lambda: a.replication("vda")["state"] == "inconsistent", 20, "the loss is seen")
         self.assertFalse(a.vmferry("peer", "list")["peers"][0]["connected"])
         self.qemu_io(self.path("a-vda.img"), "write -P 0x5a 60M 1M")  # the guest goes on
         self.proxy.mend()

@@ -133,9 +133,11 @@ class Verification(TroubleCase):
     def verifying(self, a) -> subprocess.Popen:
         """One that waits for the peer's answer about its first range."""
         self.proxy.stall(True)
+        self.descriptors = a.descriptor_count()
         process = subprocess.Popen(a.vmferry_command("replicate", "verify", "vda"), text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
         self.addCleanup(process.kill)
+        wait_until(lambda: a.descriptor_count() > self.descriptors, 20, "the command is connected")
         time.sleep(0.5)
         self.assertIsNone(process.poll())
         return process
@@ -166,7 +168,7 @@ class Verification(TroubleCase):
         self.assertIn("under way", self.refused(a, "replicate", "verify", "vda", timeout=10))
         process.kill()
         process.communicate()
-        time.sleep(0.3)
+        wait_until(lambda: a.descriptor_count() <= self.descriptors, 20, "the daemon sees that its client left")
         self.proxy.stall(False)
         self.assertEqual(a.vmferry("replicate", "verify", "vda", timeout=20)["differences"], [])
 
@@ -520,13 +522,13 @@ class Superseded(TroubleCase):
     def test_a_former_primary_that_follows_is_a_secondary_also_when_nothing_is_written(self):
         # `superseded` asks the operator to resolve something; there is nothing to resolve.
         a, b = self.following()
-        time.sleep(6)  # longer than acknowledged blocks stay dirty in the saved bitmap
+        time.sleep(10)  # longer than acknowledged blocks stay dirty in the saved bitmap (5 s), and it is written
         a.kill()
         b.vmferry("promote", "vda", "--force")
         a.start()
         status = wait_until(lambda: (s := a.volume_status("vda"))["handover_state"] == "secondary" and s, 20, "secondary")
         self.assertEqual((status["role"], status["owner"], status["split_brain"]), ("secondary", "peer", False))
-        self.assertEqual(a.replication("vda")["state"], "in-sync")
+        wait_until(lambda: a.replication("vda")["state"] == "in-sync", 20, "the copy is in sync")
         self.in_sync(b)
         self.assertTrue(self.equal())
 

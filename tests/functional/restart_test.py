@@ -34,8 +34,8 @@ class Restart(DaemonCase):
         for daemons in ((a,), (b,), (a, b)):
             for daemon in daemons:
                 began = time.monotonic()
-                self.assertEqual(daemon.stop(timeout=10), 0)
-                self.assertLess(time.monotonic() - began, 5)
+                self.assertEqual(daemon.stop(timeout=30), 0)
+                self.assertLess(time.monotonic() - began, 9, "below the 10 s after which clients are cut off")
             for daemon in daemons:
                 daemon.start()
             wait_until(lambda: a.vmferry("peer", "list")["peers"][0]["connected"], 15, "connected again")
@@ -93,8 +93,8 @@ class Restart(DaemonCase):
         client.connect_uri(self.uri(self.path("a-vda.img")))
         client.pwrite(b"x" * 4096, 0)
         began = time.monotonic()
-        self.assertEqual(a.stop(timeout=10), 0)
-        self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual(a.stop(timeout=30), 0)
+        self.assertLess(time.monotonic() - began, 9, "below the 10 s after which clients are cut off")
         with self.assertRaises(nbd.Error):
             client.pwrite(b"y" * 4096, 0)
         self.assertEqual(self.path("a-vda.img").read_bytes()[:4096], b"x" * 4096)
@@ -116,7 +116,7 @@ class Restart(DaemonCase):
         restarts = 0
         while guest.poll() is None and restarts < 5:
             time.sleep(0.15)
-            self.assertEqual(a.stop(timeout=10), 0)
+            self.assertEqual(a.stop(timeout=30), 0)
             a.start()
             restarts += 1
         feeder.join()
@@ -156,8 +156,9 @@ class Restart(DaemonCase):
     def test_sigkill_under_load_loses_no_write_and_sends_active_regions_again(self):
         # I2: without the activity log a crash is a full copy, or worse, a peer that silently lacks the last writes.
         a, b = self.following()
-        time.sleep(6)  # the first copy is clean in the saved bitmap, too
+        time.sleep(10)  # the first copy is clean in the saved bitmap, too
         writer, stop, acknowledged = self.hammer(1.5)
+        wait_until(lambda: len(acknowledged) > 100, 30, "writes are acknowledged")
         a.kill()
         writer.join()
         stop.set()

@@ -133,7 +133,7 @@ class LostPrimary(RoleCase):
     def test_promote_after_the_primary_died_and_it_comes_back(self):
         # The disaster this is for; the dead one must not answer writes over the new one's when it returns.
         a, b = self.following()
-        time.sleep(6)  # longer than acknowledged blocks stay dirty in the saved bitmap
+        time.sleep(10)  # longer than acknowledged blocks stay dirty in the saved bitmap (5 s), and it is written
         a.kill()
         error = self.refused(b, "promote", "vda")
         self.assertIn("--force", error)

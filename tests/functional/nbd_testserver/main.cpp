@@ -31,6 +31,7 @@ struct Options {
   std::vector<std::string> read_only;
   std::string cache = "writeback";
   std::string log_level = "warn";
+  int64_t drain_grace_ms = 0;  // 0, as for the others: the default
   uint64_t connection_bytes = 0;
   uint64_t server_bytes = 0;
 };
@@ -63,6 +64,7 @@ Status serve(const Options& options) {
 
   NbdLimits limits;
   if (options.connection_bytes != 0) limits.connection_inflight_bytes_max = options.connection_bytes;
+  if (options.drain_grace_ms != 0) limits.drain_grace = options.drain_grace_ms * kMillisecond;
   if (options.server_bytes != 0) limits.inflight_bytes_max = options.server_bytes;
   std::vector<std::unique_ptr<BlockDevice>> devices;
   NbdServer server(**reactor, limits);
@@ -116,6 +118,7 @@ int main(int argc, char** argv) {
   app.add_option("--cache", options.cache, "writeback or none");
   app.add_option("--log-level", options.log_level, "debug, info, warn, error");
   app.add_option("--connection-bytes", options.connection_bytes, "in-flight limit of one connection");
+  app.add_option("--drain-grace-ms", options.drain_grace_ms, "how long a server that stops answers what still comes");
   app.add_option("--server-bytes", options.server_bytes, "in-flight limit of the server");
   CLI11_PARSE(app, argc, argv);
   const vmferry::Status status = vmferry::serve(options);

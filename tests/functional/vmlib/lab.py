@@ -151,7 +151,10 @@ class Lab:
             result = json.loads(stdout)
         except ValueError:
             result = {"result": "failed", "error": f"no JSON: {stdout!r}"}
-        time.sleep(0.3)  # the beats of the resumed guest
+        # The beats of the resumed guest; without one the silence counts.
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and not any(beat[0] > ended for beat in self.collector.heartbeats()[-1:]):
+            time.sleep(0.1)
         gap = self.collector.largest_gap(since=began, until=time.monotonic())
         return Outcome(result, process.returncode, ended - began, gap.seconds * 1000 if gap else float("inf"),
                        self._wire_bytes(source) - before, began, ended, stderr)

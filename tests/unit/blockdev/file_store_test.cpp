@@ -282,14 +282,16 @@ TEST_P(FileStoreTest, TheStartOutlastsTheLockOfAnEndingProcess) {
   open(options(1_MiB));
   store.reset();
   int ready[2];
+  int leave[2];
   ASSERT_EQ(pipe(ready), 0);
+  ASSERT_EQ(pipe(leave), 0);
   const pid_t other = fork();
   if (other == 0) {
     struct flock lock {};
     lock.l_type = F_WRLCK;  // the whole file
     const int fd = ::open(file().c_str(), O_RDWR);
     char byte = ::fcntl(fd, F_OFD_SETLK, &lock) == 0 ? 1 : 0;
-    if (::write(ready[1], &byte, 1) != 1) _exit(1);
+    if (::write(ready[1], &byte, 1) != 1 || ::read(leave[0], &byte, 1) != 1) _exit(1);
     usleep(200'000);
     _exit(0);
   }
@@ -299,10 +301,10 @@ TEST_P(FileStoreTest, TheStartOutlastsTheLockOfAnEndingProcess) {
   FileStoreOptions patient = options();
   EXPECT_EQ(FileStore::open(*reactor, file(), patient).error().kind, ErrorKind::Busy);
   patient.lock_wait = 10 * kSecond;
+  ASSERT_EQ(::write(leave[1], "x", 1), 1);
   EXPECT_TRUE(FileStore::open(*reactor, file(), patient).has_value());
   waitpid(other, nullptr, 0);
-  close(ready[0]);
-  close(ready[1]);
+  for (const int fd : {ready[0], ready[1], leave[0], leave[1]}) close(fd);
 }
 
 TEST_P(FileStoreTest, ReadOnlyRefusesMutations) {

@@ -158,8 +158,11 @@ TEST(VirtqueueHostile, AnIndexChangedAfterItsCheckIsNotUsed) {
   });
   unsigned outside = 0;
   unsigned recovered = 0;
-  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(1);
-  while (std::chrono::steady_clock::now() < until && outside == 0) {
+  const auto since = std::chrono::steady_clock::now();
+  const auto elapsed = [since] { return std::chrono::steady_clock::now() - since; };
+  // On a busy machine the liar may hold the processor for most of a second.
+  const auto enough = [&] { return elapsed() > std::chrono::seconds(recovered > 0 ? 1 : 30); };
+  while (outside == 0 && !enough()) {
     fixture.restart_device();
     if (fixture.device().fault() != ChainFault::None) continue;
     ++recovered;

@@ -149,7 +149,7 @@ class VhostBackend {
   VhostServer& server() { return *server_; }
   template <typename Condition>
   bool eventually(Condition condition) {
-    for (int i = 0; i < 2000; ++i) {
+    for (int i = 0; i < 15000; ++i) {
       if (condition()) return true;
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
