@@ -19,7 +19,11 @@ constexpr size_t kHandshakeSlice = 4_KiB;  // between two looks at that limit
 }  // namespace
 
 NbdConnection::NbdConnection(NbdServer& server, std::unique_ptr<ByteStream> stream, uint64_t id)
-    : server_(server), stream_(std::move(stream)), id_(id), timer_(server.executor_) {
+    : server_(server),
+      stream_(std::move(stream)),
+      id_(id),
+      accepted_at_(server.executor_.now()),
+      timer_(server.executor_) {
   handshake_.emplace(server, server.limits_.handshake, server.tls_.policy);
 }
 

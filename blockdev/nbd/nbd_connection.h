@@ -40,6 +40,7 @@ class NbdConnection final : private StreamHandler {
 
   Phase phase() const { return phase_; }
   const NbdServer::Export* target() const { return export_; }
+  Nanoseconds accepted_at() const { return accepted_at_; }
 
   // From the server's memory limit.
   uint64_t bytes_wanted() const { return bytes_wanted_; }
@@ -109,6 +110,7 @@ class NbdConnection final : private StreamHandler {
   NbdServer& server_;
   const std::unique_ptr<ByteStream> stream_;
   const uint64_t id_;
+  const Nanoseconds accepted_at_;
   Phase phase_ = Phase::Handshake;
   std::string_view close_reason_;
   bool retired_ = false;

@@ -10,7 +10,7 @@
 namespace vmferry {
 
 struct NbdLimits {
-  size_t connections_max = 1024;  // in all phases; one more is closed at once
+  size_t connections_max = 1024;  // in all phases; one more is closed at once, or the oldest handshake that stalls
   size_t handshakes_max = 256;    // a newcomer beyond this takes the place of the oldest unfinished handshake
   Nanoseconds handshake_time_max = 10 * kSecond;
 

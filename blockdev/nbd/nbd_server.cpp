@@ -12,6 +12,9 @@ namespace vmferry {
 
 namespace {
 
+// How long a handshake is left alone when all connections are taken: many round trips, a small part of its own limit.
+constexpr Nanoseconds kHandshakePatience = kSecond;
+
 // The largest request must fit each limit, or its client would wait for ever.
 NbdLimits with_room_for_one_request(NbdLimits limits) {
   const uint64_t needed = nbd::kPayloadSizeMax + 64_KiB + limits.status_extents_max * 64;
@@ -136,19 +139,22 @@ nbd::ExportInfo NbdServer::describe(const NbdExport& config) const {
 
 void NbdServer::accept(std::unique_ptr<ByteStream> stream) {
   if (draining_) return;  // the stream closes as it dies
-  if (connections_.size() >= limits_.connections_max) {
+  if (!make_room()) {
     ++totals_.refused_total;
-    log::warn("nbd peer={} refused: {} connections are open", stream->peer_text(), connections_.size());
+    if (const auto suppressed = refusals_.allow(executor_.now())) {
+      log::warn("nbd peer={} refused: {} connections are open, which is the limit suppressed={}", stream->peer_text(),
+                connections_.size(), *suppressed);
+    }
     return;
   }
-  make_room_for_handshake();
   ++totals_.connections_total;
   connections_.push_back(std::make_unique<NbdConnection>(*this, std::move(stream), connection_id_next_++));
   connections_.back()->start();
 }
 
-// Clients that stall in the handshake must not keep others out: at the limit the oldest of them goes.
-void NbdServer::make_room_for_handshake() {
+// Clients that stall in the handshake must not keep others out: at either limit the oldest of them goes. At the limit
+// of connections only one that has had time enough, or the last newcomers would push each other out.
+bool NbdServer::make_room() {
   size_t count = 0;
   NbdConnection* oldest = nullptr;
   for (const auto& connection : connections_) {
@@ -156,9 +162,14 @@ void NbdServer::make_room_for_handshake() {
     if (oldest == nullptr) oldest = connection.get();
     ++count;
   }
-  if (count < limits_.handshakes_max) return;
+  const bool full = connections_.size() >= limits_.connections_max;
+  if (count < limits_.handshakes_max) {
+    if (!full) return true;
+    if (oldest == nullptr || executor_.now() - oldest->accepted_at() < kHandshakePatience) return false;
+  }
   ++totals_.refused_total;
   oldest->abandon("too many unfinished handshakes");
+  return true;
 }
 
 bool NbdServer::admit(NbdConnection& connection, uint64_t bytes) {

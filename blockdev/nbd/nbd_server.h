@@ -107,7 +107,7 @@ class NbdServer final : public nbd::ExportCatalog {
   void wake_waiters();
   void schedule_wake();
   void watch_for_stalls();
-  void make_room_for_handshake();
+  bool make_room();  // for one more connection; false: it has to go
   void drain_connections(const std::function<bool(const NbdConnection&)>& chosen);
   void bury();
   void check_drained();

@@ -279,6 +279,31 @@ TEST_F(NbdLimitsTest, ConnectionsOverTheLimitAreClosedAndOthersStay) {
   EXPECT_TRUE(connected()->open());
 }
 
+// Silent connections would lock everybody out of an export with few places, for as long as somebody likes.
+TEST_F(NbdLimitsTest, AtTheLimitOfConnectionsTheOldestHandshakeGivesWayOnceItHasHadItsTime) {
+  start({.connections_max = 3});
+  auto working = connected();
+  Client older(executor_, *server_);
+  executor_.advance(kSecond / 2);
+  Client younger(executor_, *server_);
+  {
+    Client hasty(executor_, *server_);
+    EXPECT_FALSE(hasty.open()) << "those before it may be at work";
+  }
+  executor_.advance(kSecond / 2);
+  auto newcomer = connected();
+  EXPECT_EQ(newcomer->ask(kCmdRead, 0, 0, 512), 0);
+  EXPECT_FALSE(older.open());
+  EXPECT_TRUE(younger.open());
+  executor_.advance(kSecond);
+  auto next = connected();
+  EXPECT_FALSE(younger.open());
+  Client last(executor_, *server_);
+  EXPECT_FALSE(last.open()) << "sessions do not give way";
+  for (Client* client : {working.get(), newcomer.get(), next.get()}) EXPECT_EQ(client->ask(kCmdRead, 0, 0, 512), 0);
+  EXPECT_EQ(server_->stats().refused_total, 4U);
+}
+
 TEST_F(NbdLimitsTest, HagglerThatDoesNotReadIsClosed) {
   // LIST answers are larger than the question.
   start({});
