@@ -47,6 +47,10 @@ void VolumeSettings::set(std::string_view key, std::string_view value, const std
     volume_.nbd_tls = *setting;
   } else if (key == "tls-allow") {
     set_tls_allow(value, where);
+  } else if (key == "read-only") {
+    set_read_only(value, where);
+  } else if (key == "description") {
+    set_description(value, where);
   } else if (key == "qmp") {
     volume_.qmp = value;
     if (const auto endpoint = Endpoint::parse(fmt::format("unix:{}", value)); !endpoint) {
@@ -85,8 +89,8 @@ void VolumeSettings::set(std::string_view key, std::string_view value, const std
     volume_.socket_access.mode = *mode;
   } else {
     problem(where,
-            "unknown key '{}' of a volume; known are name, path, size, role, nbd, nbd-tls, tls-allow, vhost-user-blk, "
-            "queues, socket-owner, socket-mode, qmp, aio, cache",
+            "unknown key '{}' of a volume; known are name, path, size, role, nbd, nbd-tls, tls-allow, read-only, "
+            "description, vhost-user-blk, queues, socket-owner, socket-mode, qmp, aio, cache",
             key);
   }
 }
@@ -136,6 +140,8 @@ void apply_setting(std::string_view key, std::string_view value, const std::stri
   } else if (key == "nbd-tls-psk") {
     config.nbd_tls.psk = value;
     if (value.empty()) problem("nbd-tls-psk is empty: it names a file");
+  } else if (key == "nbd-connections" || key == "nbd-handshake-timeout") {
+    if (std::string text = set_nbd_limit(key, value, config.nbd_limits); !text.empty()) problem(std::move(text));
   } else if (key == "log-level") {
     const auto level = log::parse_level(value);
     if (!level)
@@ -145,7 +151,7 @@ void apply_setting(std::string_view key, std::string_view value, const std::stri
   } else {
     problem(
         fmt::format("unknown key '{}'; known are state-dir, control, listen, metrics, nbd-tls, nbd-tls-certificates, "
-                    "nbd-tls-psk, log-level, volume",
+                    "nbd-tls-psk, nbd-connections, nbd-handshake-timeout, log-level, volume",
                     key));
   }
 }
@@ -250,6 +256,8 @@ VolumeConfig with_settings(VolumeConfig base, const VolumeConfig& given) {
   if (has("nbd")) base.nbd = given.nbd;
   if (has("nbd-tls")) base.nbd_tls = given.nbd_tls;
   if (has("tls-allow")) base.tls_allow = given.tls_allow;
+  if (has("read-only")) base.read_only = given.read_only;
+  if (has("description")) base.description = given.description;
   if (has("vhost-user-blk")) base.vhost_user_blk = given.vhost_user_blk;
   if (has("queues")) base.queues = given.queues;
   if (has("socket-owner")) base.socket_access.owner = given.socket_access.owner;

@@ -36,6 +36,12 @@ struct NbdTlsConfig {
   std::string psk{};           // file of USER:HEXKEY; "": none
 };
 
+// Of each NBD export.
+struct NbdExportLimits {
+  size_t connections = 1024;
+  Nanoseconds handshake_timeout = 10 * kSecond;
+};
+
 struct VolumeConfig {
   std::string name;
   std::string path;              // absolute, once accepted
@@ -43,6 +49,8 @@ struct VolumeConfig {
   bool secondary = false;        // role=; counts only for a new volume
   std::optional<Endpoint> nbd;
   NbdTlsSetting nbd_tls = NbdTlsSetting::Automatic;
+  bool read_only = false;                // of its exports, whatever the role; replication is not concerned
+  std::string description{};             // for clients that list exports; "": the daemon's own words
   std::vector<std::string> tls_allow{};  // names that clients have to prove through TLS; empty: whoever gets in
   std::string vhost_user_blk{};          // path of the socket that QEMU connects to; "" when none
   uint16_t queues = 0;                   // of vhost-user-blk, at most; 0: the default
@@ -61,6 +69,7 @@ struct DaemonConfig {
   std::optional<Endpoint> listen;
   std::optional<Endpoint> metrics;
   NbdTlsConfig nbd_tls{};
+  NbdExportLimits nbd_limits{};
   log::Level log_level = log::Level::Info;
   std::vector<VolumeConfig> volumes;
   ConfigPlaces places{};
@@ -87,6 +96,8 @@ NbdTlsSetting nbd_tls_of(const NbdTlsConfig& daemon, const VolumeConfig& volume)
 // Whether the volume's export is safe as configured. Asked for every volume before it is served, because a volume may
 // have been accepted under another configuration of the daemon.
 Status check_nbd_tls(const NbdTlsConfig& daemon, const VolumeConfig& volume);
+// Whether a text may be the description of an export: short enough, and plain (engine/base/utf8.h).
+bool is_valid_description(std::string_view text);
 
 // The whole: command line (without argv[0]), then the file that it names.
 ConfigOutcome load_config(const std::vector<std::string>& arguments);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What config.cpp (keys), config_toml.cpp (file) and config_options.cpp (command line) share.
+// What config.cpp (keys; those of the NBD exports: config_nbd.cpp, config_tls.cpp), config_toml.cpp (file) and
+// config_options.cpp (command line) share.
 #pragma once
 
 #include "engine/control/config.h"
@@ -21,6 +22,8 @@ class VolumeSettings {
 
  private:
   void set_tls_allow(std::string_view value, const std::string& where);
+  void set_read_only(std::string_view value, const std::string& where);
+  void set_description(std::string_view value, const std::string& where);
   template <typename... Args>
   void problem(const std::string& where, fmt::format_string<Args...> format, Args&&... args) {
     problems_.push_back({where, fmt::format(format, std::forward<Args>(args)...)});
@@ -30,6 +33,12 @@ class VolumeSettings {
   std::vector<ConfigProblem>& problems_;
   VolumeConfig volume_{};
 };
+
+// Whether the key of a volume is on or off; TOML says true or false.
+bool is_switch(std::string_view key);
+
+// "nbd-connections", "nbd-handshake-timeout". The problem with the value; "" when it was taken.
+std::string set_nbd_limit(std::string_view key, std::string_view value, NbdExportLimits& limits);
 
 // "require", "allow", "off".
 std::optional<NbdTlsSetting> parse_nbd_tls(std::string_view text);

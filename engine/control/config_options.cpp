@@ -55,10 +55,13 @@ ConfigOutcome load_config(const std::vector<std::string>& arguments) {
          "TLS of the NBD exports: require, allow or off (default: require with one of the next two, else off)");
   option("nbd-tls-certificates", "DIR", "ca-cert.pem, server-cert.pem, server-key.pem; clients need a certificate too");
   option("nbd-tls-psk", "FILE", "pre-shared keys: lines of USER:HEXKEY");
+  option("nbd-connections", "N", "clients of each NBD export at once, 1 to 65535 (default: 1024)");
+  option("nbd-handshake-timeout", "TIME", "until an NBD client has to be in business, 1s to 10m (default: 10s)");
   option("log-level", "LEVEL", "debug, info (default), warn or error");
   app.add_option("--volume", volumes,
                  "name=NAME,path=FILE[,size=SIZE][,role=primary|secondary][,nbd=unix:PATH|tcp:HOST:PORT]"
-                 "[,nbd-tls=require|allow|off][,tls-allow=CLIENT:...][,vhost-user-blk=PATH][,queues=N][,socket-owner="
+                 "[,nbd-tls=require|allow|off][,tls-allow=CLIENT:...][,read-only=on|off][,description=TEXT][,vhost-"
+                 "user-blk=PATH][,queues=N][,socket-owner="
                  "USER:GROUP][,socket-mode=MODE][,qmp=PATH]"
                  "[,aio=io_uring|libaio][,cache=writeback|none]; repeat for more")
       ->type_name("KEY=VALUE,...")

@@ -4,6 +4,7 @@
 #define TOML_EXCEPTIONS 0
 #include <toml++/toml.h>
 
+#include "engine/base/utf8.h"
 #include "engine/control/config_internal.h"
 
 namespace vmferry {
@@ -21,29 +22,6 @@ std::string place(const std::string& name, const toml::node& node) {
 // Whatever is beyond ASCII is therefore handed to it in plane 16, for private use, where that function returns at once,
 // and moved back in every text that comes out of it. Where quotes begin and end stays the business of the parser.
 constexpr uint32_t kPlane = 0x100000;
-
-// One character of strict UTF-8 (RFC 3629: shortest form, no surrogates) at the front of the text, and its length.
-struct Character {
-  uint32_t code;
-  size_t length;
-};
-
-std::optional<Character> first_character(std::string_view text) {
-  const auto byte = [&](size_t i) { return static_cast<uint32_t>(static_cast<unsigned char>(text[i])); };
-  const uint32_t lead = byte(0);
-  if (lead < 0x80) return Character{lead, 1};
-  if (lead < 0xC2 || lead > 0xF4) return std::nullopt;
-  const size_t length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-  if (text.size() < length) return std::nullopt;
-  uint32_t code = lead & (0xFFU >> (length + 1));
-  for (size_t i = 1; i < length; ++i) {
-    if ((byte(i) & 0xC0U) != 0x80U) return std::nullopt;
-    code = code << 6U | (byte(i) & 0x3FU);
-  }
-  constexpr uint32_t kShortest[] = {0, 0, 0x80, 0x800, 0x10000};
-  if (code < kShortest[length] || code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF)) return std::nullopt;
-  return Character{code, length};
-}
 
 void append_character(std::string& text, uint32_t code) {
   if (code < 0x80) {
@@ -70,8 +48,8 @@ Hidden hide(std::string_view text) {
     hidden.problem = problem;
     return hidden;
   };
-  for (std::optional<Character> c; !text.empty(); text.remove_prefix(c->length)) {
-    c = first_character(text);
+  for (std::optional<Utf8Character> c; !text.empty(); text.remove_prefix(c->length)) {
+    c = first_utf8_character(text);
     if (!c) return refuse("bytes that are not UTF-8, the encoding of TOML");
     if (c->code >= kPlane || text.starts_with("\\U0010"))
       return refuse("a character for private use (U+100000 and above), which no name or path of ours can have");
@@ -83,16 +61,19 @@ Hidden hide(std::string_view text) {
 
 std::string reveal(std::string_view text) {
   std::string revealed;
-  for (std::optional<Character> c; !text.empty(); text.remove_prefix(c->length)) {
-    c = first_character(text);
-    if (!c) c = Character{'?', 1};  // toml++ hands out UTF-8 only
+  for (std::optional<Utf8Character> c; !text.empty(); text.remove_prefix(c->length)) {
+    c = first_utf8_character(text);
+    if (!c) c = Utf8Character{'?', 1};  // toml++ hands out UTF-8 only
     append_character(revealed, c->code >= kPlane ? c->code - kPlane : c->code);
   }
   return revealed;
 }
 
-// Strings and integers are what our keys take; everything else names its type in the problem.
-std::optional<std::string> scalar(const toml::node& node) {
+// Strings and integers are what our keys take, and true or false for those that are switched; everything else names its
+// type in the problem.
+std::optional<std::string> scalar(std::string_view key, const toml::node& node) {
+  if (const auto* flag = node.as_boolean(); flag != nullptr && config_detail::is_switch(key))
+    return flag->get() ? "on" : "off";
   if (const auto* text = node.as_string()) return reveal(text->get());
   if (const auto* number = node.as_integer()) return fmt::format("{}", number->get());
   return std::nullopt;
@@ -102,10 +83,13 @@ void apply_volume(const toml::table& table, const std::string& name, DaemonConfi
                   std::vector<ConfigProblem>& problems) {
   config_detail::VolumeSettings settings(place(name, table), problems);
   for (const auto& [key, value] : table) {
-    if (const auto text = scalar(value)) {
-      settings.set(reveal(key.str()), *text, place(name, value));
+    const std::string known_as = reveal(key.str());
+    if (const auto text = scalar(known_as, value)) {
+      settings.set(known_as, *text, place(name, value));
     } else {
-      problems.push_back({place(name, value), fmt::format("'{}' has to be a string or a number", reveal(key.str()))});
+      problems.push_back({place(name, value),
+                          fmt::format("'{}' has to be {}", known_as,
+                                      config_detail::is_switch(known_as) ? "true or false" : "a string or a number")});
     }
   }
   config.volumes.push_back(settings.finish());
@@ -138,7 +122,7 @@ void apply_toml(std::string_view text, const std::string& name, DaemonConfig& co
         continue;
       }
       for (const toml::node& volume : *volumes) apply_volume(*volume.as_table(), name, config, problems);
-    } else if (const auto text_value = scalar(value)) {
+    } else if (const auto text_value = scalar(reveal(key.str()), value)) {
       config_detail::apply_setting(reveal(key.str()), *text_value, place(name, value), config, problems);
     } else {
       problems.push_back({place(name, value), fmt::format("'{}' has to be a string or a number", reveal(key.str()))});

@@ -39,7 +39,7 @@ Status Daemon::make_volume(const VolumeConfig& config, Volume::Origin origin) {
   if (auto safe = check_nbd_tls(config_.nbd_tls, config); !safe) return safe;
   auto volume = Volume::create(reactor_, config, path_in_state("volumes/" + config.name + ".meta"), origin);
   if (!volume) return tl::unexpected(volume.error());
-  (*volume)->set_tls({config_.nbd_tls, nbd_credentials_});
+  (*volume)->set_nbd({config_.nbd_tls, nbd_credentials_, config_.nbd_limits});
   (*volume)->set_peer_name([this, name = config.name] {
     const Group* const group = group_of(name);
     return group != nullptr ? group->record().peer : std::string();

@@ -132,6 +132,8 @@ Json to_json(const VolumeConfig& volume) {
                                         : "tcp:" + volume.nbd->to_string()},
           {"nbd_tls", word_of(kNbdTls, volume.nbd_tls)},
           {"tls_allow", volume.tls_allow},
+          {"read_only", volume.read_only},
+          {"description", volume.description},
           {"vhost_user_blk", volume.vhost_user_blk},
           {"queues", volume.queues},
           {"socket_owner", volume.socket_access.owner},
@@ -165,6 +167,9 @@ Result<VolumeConfig> volume_from_json(const Json& value) {
         fields.problem("a name of 'tls_allow' is no text");  // left out, it would open the export to everybody
     }
   }
+  if (fields.has("read_only")) volume.read_only = fields.flag("read_only");
+  if (fields.has("description")) volume.description = fields.text("description");
+  if (!is_valid_description(volume.description)) fields.problem("'description' is no short plain text");
   if (fields.has("vhost_user_blk")) volume.vhost_user_blk = fields.text("vhost_user_blk");
   if (fields.has("queues")) {
     const uint64_t queues = fields.number("queues");

@@ -14,6 +14,8 @@ Json volume_json(Daemon& daemon, Volume& volume) {
              {"exports", volume.export_uris()},
              {"aio", std::string(volume.store().aio_name())},
              {"cache", volume.config().cache == CacheSetting::None ? "none" : "writeback"},
+             {"read_only", volume.config().read_only},
+             {"description", volume.config().description},
              {"qmp", volume.config().qmp},
              {"dirty_bytes", volume.device().dirty_bytes()}};
   const NbdStats nbd = volume.nbd_stats();
@@ -53,6 +55,8 @@ Json failed_json(Daemon& daemon, const std::string& name, const FailedVolume& fa
              {"path", failed.config.path},
              {"exports", Json::array()},
              {"cache", failed.config.cache == CacheSetting::None ? "none" : "writeback"},
+             {"read_only", failed.config.read_only},
+             {"description", failed.config.description},
              {"qmp", failed.config.qmp},
              {"role", failed.config.secondary ? "secondary" : "primary"},
              {"term", 0}};

@@ -156,7 +156,8 @@ Result<ListenOptions> Volume::listen_options() const {
 
 Status Volume::serve_vhost() {
   if (config_.vhost_user_blk.empty()) return {};
-  VhostExport settings{.name = config_.name, .device = device_.get(), .clients = device_.get()};
+  VhostExport settings{
+      .name = config_.name, .device = device_.get(), .clients = device_.get(), .read_only = config_.read_only};
   if (config_.queues > 0) settings.queues = config_.queues;
   vhost_ = std::make_unique<VhostServer>(reactor_, settings);
   Endpoint endpoint;
@@ -172,11 +173,11 @@ Status Volume::serve_vhost() {
 }
 
 NbdTls Volume::nbd_tls() const {
-  switch (nbd_tls_of(tls_.config, config_)) {
+  switch (nbd_tls_of(nbd_.tls, config_)) {
     case NbdTlsSetting::Require:
-      return {nbd::TlsPolicy::Require, tls_.credentials};
+      return {nbd::TlsPolicy::Require, nbd_.credentials};
     case NbdTlsSetting::Allow:
-      return {nbd::TlsPolicy::Allow, tls_.credentials};
+      return {nbd::TlsPolicy::Allow, nbd_.credentials};
     case NbdTlsSetting::Off:
     case NbdTlsSetting::Automatic:
       break;
@@ -186,15 +187,20 @@ NbdTls Volume::nbd_tls() const {
 
 Status Volume::serve_nbd() {
   if (!config_.nbd) return {};
-  if (auto safe = check_nbd_tls(tls_.config, config_); !safe) return safe;
+  if (auto safe = check_nbd_tls(nbd_.tls, config_); !safe) return safe;
   if (peer_name_) dirty_contexts_ = std::make_unique<DirtyContexts>(*device_, peer_name_);
   NbdLimits limits;
   limits.drain_unanswered = true;
+  limits.connections_max = nbd_.limits.connections;
+  limits.handshake_time_max = nbd_.limits.handshake_timeout;
   server_ = std::make_unique<NbdServer>(reactor_, limits, nbd_tls());
   if (auto added = server_->add_export({.name = config_.name,
-                                        .description = fmt::format("vmferry volume {}", config_.name),
+                                        .description = config_.description.empty()
+                                                           ? fmt::format("vmferry volume {}", config_.name)
+                                                           : config_.description,
                                         .device = device_.get(),
                                         .clients = device_.get(),
+                                        .read_only = config_.read_only,
                                         .status = dirty_contexts_.get(),
                                         .tls_allow = config_.tls_allow});
       !added) {

@@ -33,12 +33,13 @@ class Volume {
   enum class Origin : uint8_t { New, Recorded, Retried };
   static Result<std::unique_ptr<Volume>> create(Reactor& reactor, const VolumeConfig& config,
                                                 const std::string& metadata_path, Origin origin);
-  // How the daemon as a whole does TLS on NBD; before serve().
-  struct TlsSupport {
-    NbdTlsConfig config{};
+  // What the daemon as a whole says of NBD exports; before serve().
+  struct NbdSupport {
+    NbdTlsConfig tls{};
     std::shared_ptr<const TlsCredentials> credentials{};  // nullptr when the configuration names none
+    NbdExportLimits limits{};
   };
-  void set_tls(const TlsSupport& tls) { tls_ = tls; }
+  void set_nbd(const NbdSupport& support) { nbd_ = support; }
   // Asked whenever an NBD client looks for meta contexts; before serve().
   void set_peer_name(DirtyContexts::PeerName peer) { peer_name_ = std::move(peer); }
   ~Volume();  // after close(). Removes the files that create() made, unless keep_files() was called.
@@ -74,7 +75,7 @@ class Volume {
 
   Reactor& reactor_;
   VolumeConfig config_;
-  TlsSupport tls_;
+  NbdSupport nbd_;
   std::unique_ptr<FileStore> store_;
   std::unique_ptr<FileStore> metadata_;
   std::optional<uint64_t> metadata_size_found_;  // of a known volume, where it was not enough

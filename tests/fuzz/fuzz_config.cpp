@@ -26,6 +26,7 @@ void check_volume(const VolumeConfig& volume) {
   require(is_valid_name(volume.name) && !volume.path.empty());
   require(volume.path.find('\0') == std::string::npos);
   require(!volume.size || (*volume.size > 0 && *volume.size % 512 == 0));
+  require(is_valid_description(volume.description));
 }
 
 void toml(std::string_view text) {
@@ -35,6 +36,8 @@ void toml(std::string_view text) {
   check_problems(problems);
   if (!problems.empty()) return;
   for (const VolumeConfig& volume : config.volumes) check_volume(volume);
+  require(config.nbd_limits.connections >= 1 && config.nbd_limits.connections <= 65535);
+  require(config.nbd_limits.handshake_timeout >= kSecond && config.nbd_limits.handshake_timeout <= 600 * kSecond);
 }
 
 void volume_option(std::string_view text) {

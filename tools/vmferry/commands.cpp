@@ -68,8 +68,8 @@ void add_volume_commands(CLI::App& app, Context& context) {
         });
       });
   add->add_option("SPEC", options->spec,
-                  "name=NAME,path=FILE[,size=SIZE][,role=...][,nbd=...][,vhost-user-blk=...][,socket-owner=...][,"
-                  "socket-mode=...][,qmp=...]")
+                  "name=NAME,path=FILE[,size=SIZE][,role=...][,nbd=...][,read-only=on|off][,description=...]"
+                  "[,vhost-user-blk=...][,socket-owner=...][,socket-mode=...][,qmp=...]")
       ->required();
 
   add_command(*volume, context, "list", "Lists the volumes", "vmferry volume list", [&context] {

@@ -89,6 +89,57 @@ TEST(Config, NbdBeyondLoopbackIsForRequiredTlsOnly) {
   EXPECT_EQ(problems({}, "nbd=tcp:127.0.0.1:10809"), "");
 }
 
+// A limit that is read wrong locks every guest out, or nobody.
+TEST(Config, LimitsOfTheNbdExportsAreCheckedAgainstTheirRange) {
+  const auto with = [](const char* option, const char* value) {
+    return load_config({"--state-dir", "/s", std::string("--") + option + "=" + value});
+  };
+  const NbdExportLimits defaults = load_config({"--state-dir", "/s"}).config.nbd_limits;
+  EXPECT_EQ(defaults.connections, 1024U);
+  EXPECT_EQ(defaults.handshake_timeout, 10 * kSecond);
+  EXPECT_EQ(with("nbd-connections", "1").config.nbd_limits.connections, 1U);
+  EXPECT_EQ(with("nbd-connections", "65535").config.nbd_limits.connections, 65535U);
+  EXPECT_EQ(with("nbd-handshake-timeout", "1s").config.nbd_limits.handshake_timeout, kSecond);
+  EXPECT_EQ(with("nbd-handshake-timeout", "10m").config.nbd_limits.handshake_timeout, 600 * kSecond);
+  for (const char* bad : {"0", "65536", "-1", "1.5", "x"})
+    EXPECT_THAT(all(with("nbd-connections", bad).problems), HasSubstr("is not a number from 1 to 65535")) << bad;
+  for (const char* bad : {"0", "999ms", "601s", "x"})
+    EXPECT_THAT(all(with("nbd-handshake-timeout", bad).problems), HasSubstr("is not a time from 1s to 10m")) << bad;
+  DaemonConfig config;
+  std::vector<ConfigProblem> problems;
+  apply_toml("nbd-connections = 16\nnbd-handshake-timeout = \"3s\"\n", "f.toml", config, problems);
+  EXPECT_EQ(all(problems), "");
+  EXPECT_EQ(config.nbd_limits.connections, 16U);
+  EXPECT_EQ(config.nbd_limits.handshake_timeout, 3 * kSecond);
+}
+
+TEST(Config, ReadOnlyIsTrueOrFalseInAFileAndOnOrOffInAnOption) {
+  DaemonConfig config;
+  std::vector<ConfigProblem> problems;
+  apply_toml(
+      "[[volume]]\nname = \"a\"\npath = \"/a\"\nread-only = true\n[[volume]]\nname = \"b\"\npath = \"/b\"\n"
+      "read-only = false\n[[volume]]\nname = \"c\"\npath = \"/c\"\nread-only = \"on\"\n",
+      "f.toml", config, problems);
+  EXPECT_EQ(all(problems), "");
+  ASSERT_EQ(config.volumes.size(), 3U);
+  EXPECT_TRUE(config.volumes[0].read_only);
+  EXPECT_FALSE(config.volumes[1].read_only);
+  EXPECT_TRUE(config.volumes[2].read_only);
+  // No other key takes true for a text, or `qmp = true` would be a socket named "on".
+  apply_toml("listen = true\n[[volume]]\nname = true\npath = false\n", "f.toml", config, problems);
+  EXPECT_THAT(all(problems), HasSubstr("f.toml:1: 'listen' has to be a string or a number"));
+  EXPECT_THAT(all(problems), HasSubstr("f.toml:3: 'name' has to be a string or a number"));
+  problems.clear();
+  EXPECT_TRUE(parse_volume_option("name=a,path=/a,read-only=on", "", problems).read_only);
+  EXPECT_FALSE(parse_volume_option("name=a,path=/a,read-only=off", "", problems).read_only);
+  EXPECT_EQ(all(problems), "");
+  for (const char* bad : {"true", "1", "", "On"}) {
+    problems.clear();
+    parse_volume_option(std::string("name=a,path=/a,read-only=") + bad, "", problems);
+    EXPECT_THAT(all(problems), HasSubstr("is not on or off")) << bad;
+  }
+}
+
 TEST(Config, WhatCannotBeTrueTogetherIsRefused) {
   const auto refused = [](std::vector<std::string> volumes) {
     std::vector<std::string> arguments{"--state-dir", "/s"};

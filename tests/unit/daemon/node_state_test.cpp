@@ -15,6 +15,8 @@ NodeRecord sample() {
                            .path = "/srv/a,b.img",
                            .size = 1_GiB,
                            .nbd = Endpoint::parse("tcp:127.0.0.1:10809").value(),
+                           .read_only = true,
+                           .description = "disk 1 of h\u00f4te",
                            .qmp = "/run/q",
                            .aio = AioSetting::Libaio,
                            .cache = CacheSetting::None};
@@ -46,6 +48,8 @@ TEST(NodeState, EveryFieldSurvives) {
   EXPECT_EQ(ownership.qemu.start_time, 99U);
   EXPECT_EQ(ownership.capabilities, "events,xbzrle");
   EXPECT_EQ(read->volumes.at("vda").nbd->port, 10809);
+  EXPECT_TRUE(read->volumes.at("vda").read_only);
+  EXPECT_EQ(read->volumes.at("vda").description, "disk 1 of h\u00f4te");
   ASSERT_NE(find_group_of(*read, "vda"), nullptr);
   EXPECT_EQ(find_group_of(*read, "vdb"), nullptr);
 }
