@@ -236,6 +236,7 @@ void finish(DaemonConfig& config, std::vector<ConfigProblem>& problems) {
     problems.push_back({"", fmt::format("{} volumes are over the limit of {}", config.volumes.size(), kVolumesMax)});
   }
   check_sharing(config, problems);
+  check_passed(config, problems);
   check_tls(config, problems);
 }
 

@@ -42,6 +42,9 @@ struct NbdExportLimits {
   Nanoseconds handshake_timeout = 10 * kSecond;
 };
 
+// Addresses of the listening sockets that the service manager passed, by the volume whose NBD export they are of.
+using PassedAddresses = std::map<std::string, std::vector<Endpoint>, std::less<>>;
+
 struct VolumeConfig {
   std::string name;
   std::string path;              // absolute, once accepted
@@ -58,7 +61,11 @@ struct VolumeConfig {
   std::string qmp;                       // path of the QMP socket of the QEMU that uses this volume; "" when none
   AioSetting aio = AioSetting::Automatic;
   CacheSetting cache = CacheSetting::Writeback;
-  ConfigPlaces places{};  // of the keys that were given; not recorded
+  std::vector<Endpoint> passed{};  // takes the place of nbd=; not recorded, because each start has its own
+  ConfigPlaces places{};           // of the keys that were given; not recorded
+
+  // Where its NBD export listens; empty when it has none.
+  std::vector<Endpoint> nbd_addresses() const;
 };
 
 struct DaemonConfig {
@@ -96,11 +103,15 @@ NbdTlsSetting nbd_tls_of(const NbdTlsConfig& daemon, const VolumeConfig& volume)
 // Whether the volume's export is safe as configured. Asked for every volume before it is served, because a volume may
 // have been accepted under another configuration of the daemon.
 Status check_nbd_tls(const NbdTlsConfig& daemon, const VolumeConfig& volume);
+// Whether nbd= and the sockets that were passed for the volume say the same.
+Status check_passed(const VolumeConfig& volume);
+
 // Whether a text may be the description of an export: short enough, and plain (engine/base/utf8.h).
 bool is_valid_description(std::string_view text);
 
-// The whole: command line (without argv[0]), then the file that it names.
-ConfigOutcome load_config(const std::vector<std::string>& arguments);
+// The whole: command line (without argv[0]), then the file that it names. `passed`: VolumeConfig::passed of each
+// volume.
+ConfigOutcome load_config(const std::vector<std::string>& arguments, const PassedAddresses& passed = {});
 
 // Adds the settings of one TOML text; `name` is for messages. Fuzzed.
 void apply_toml(std::string_view text, const std::string& name, DaemonConfig& config,

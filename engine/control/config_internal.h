@@ -39,6 +39,8 @@ bool is_switch(std::string_view key);
 
 // "nbd-connections", "nbd-handshake-timeout". The problem with the value; "" when it was taken.
 std::string set_nbd_limit(std::string_view key, std::string_view value, NbdExportLimits& limits);
+// Sockets of the service manager and nbd= of every volume.
+void check_passed(const DaemonConfig& config, std::vector<ConfigProblem>& problems);
 
 // "require", "allow", "off".
 std::optional<NbdTlsSetting> parse_nbd_tls(std::string_view text);

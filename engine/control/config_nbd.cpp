@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Settings of the NBD exports beside TLS: limits, what clients may do and read of them.
+// Settings of the NBD exports beside TLS: limits, what clients may do and read of them, and where they listen.
 #include <algorithm>
 
 #include "engine/base/utf8.h"
@@ -63,10 +63,38 @@ std::string set_nbd_limit(std::string_view key, std::string_view value, NbdExpor
   return {};
 }
 
+void check_passed(const DaemonConfig& config, std::vector<ConfigProblem>& problems) {
+  for (const VolumeConfig& volume : config.volumes) {
+    if (const Status same = vmferry::check_passed(volume); !same) {
+      problems.push_back({place_of(volume.places, {"nbd"}), same.error().text});
+    }
+  }
+}
+
 }  // namespace config_detail
 
 bool is_valid_description(std::string_view text) {
   return text.size() <= kDescriptionSizeMax && is_plain_utf8(text);
+}
+
+std::vector<Endpoint> VolumeConfig::nbd_addresses() const {
+  if (!passed.empty()) return passed;
+  if (nbd) return {*nbd};
+  return {};
+}
+
+Status check_passed(const VolumeConfig& volume) {
+  if (volume.passed.empty() || !volume.nbd) return {};
+  const std::string wanted = volume.nbd->to_string();
+  std::string given;
+  for (const Endpoint& address : volume.passed) {
+    if (address.to_string() == wanted) return {};
+    given += (given.empty() ? "" : ", ") + address.to_string();
+  }
+  return fail(ErrorKind::InvalidArgument,
+              "volume '{}': nbd= says {}, but the service manager passed {} for it: leave nbd= out, or let "
+              "ListenStream= of the .socket unit say the same",
+              volume.name, wanted, given);
 }
 
 }  // namespace vmferry

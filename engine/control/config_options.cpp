@@ -30,7 +30,7 @@ void read_file(const std::string& path, DaemonConfig& config, std::vector<Config
 
 }  // namespace
 
-ConfigOutcome load_config(const std::vector<std::string>& arguments) {
+ConfigOutcome load_config(const std::vector<std::string>& arguments, const PassedAddresses& passed) {
   ConfigOutcome outcome;
   DaemonConfig& config = outcome.config;
   CLI::App app("Serves the disks of virtual machines and moves running ones to a peer daemon.", "vmferryd");
@@ -87,6 +87,9 @@ ConfigOutcome load_config(const std::vector<std::string>& arguments) {
   }
   for (const std::string& text : volumes) {
     config.volumes.push_back(parse_volume_option(text, "--volume " + text, outcome.problems));
+  }
+  for (VolumeConfig& volume : config.volumes) {
+    if (const auto found = passed.find(volume.name); found != passed.end()) volume.passed = found->second;
   }
   config_detail::finish(config, outcome.problems);
   return outcome;

@@ -80,7 +80,8 @@ NbdTlsSetting nbd_tls_of(const NbdTlsConfig& daemon, const VolumeConfig& volume)
 
 Status check_nbd_tls(const NbdTlsConfig& daemon, const VolumeConfig& volume) {
   const NbdTlsSetting setting = nbd_tls_of(daemon, volume);
-  if (!volume.nbd) {
+  const std::vector<Endpoint> addresses = volume.nbd_addresses();
+  if (addresses.empty()) {
     if (volume.nbd_tls == NbdTlsSetting::Automatic && volume.tls_allow.empty()) return {};
     return fail(ErrorKind::InvalidArgument, "volume '{}': nbd-tls= and tls-allow= are of nbd=, which is missing",
                 volume.name);
@@ -90,11 +91,13 @@ Status check_nbd_tls(const NbdTlsConfig& daemon, const VolumeConfig& volume) {
                 "volume '{}': nbd-tls={} needs vmferryd's nbd-tls-certificates or nbd-tls-psk", volume.name,
                 to_string(setting));
   }
-  if (!volume.nbd->is_loopback() && setting != NbdTlsSetting::Require) {
+  for (const Endpoint& address : addresses) {
+    if (address.is_loopback() || setting == NbdTlsSetting::Require) continue;
     return fail(ErrorKind::InvalidArgument,
-                "volume '{}': nbd=tcp:{} is not on loopback, and with nbd-tls '{}' the network could read and write "
+                "volume '{}': {}tcp:{} is not on loopback, and with nbd-tls '{}' the network could read and write "
                 "it: give vmferryd nbd-tls-certificates or nbd-tls-psk, and nbd-tls 'require'",
-                volume.name, volume.nbd->to_string(), to_string(setting));
+                volume.name, volume.passed.empty() ? "nbd=" : "the service manager's socket ", address.to_string(),
+                to_string(setting));
   }
   if (!volume.tls_allow.empty() && setting == NbdTlsSetting::Off) {
     return fail(ErrorKind::InvalidArgument,

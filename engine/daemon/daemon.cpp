@@ -48,9 +48,10 @@ Status make_private_folder(const std::string& path) {
 
 }  // namespace
 
-Daemon::Daemon(Reactor& reactor, const DaemonConfig& config)
+Daemon::Daemon(Reactor& reactor, const DaemonConfig& config, PassedSockets passed)
     : reactor_(reactor),
       config_(config),
+      passed_(std::move(passed)),
       events_(reactor),
       dialer_(reactor),
       shutdown_timer_(reactor),
@@ -111,6 +112,7 @@ void Daemon::load_state(Done done) {
   identity_ = std::make_unique<TlsIdentity>(std::move(*identity));
   state_->load([this, done = std::move(done)](const Status& loaded) {
     if (!loaded) return done(loaded);
+    if (auto known = check_passed_sockets(state_->record()); !known) return done(known);
     make_new_volumes();
     // The command line's settings win over what was saved; its role counts only for a volume that is new.
     state_->update(

@@ -21,6 +21,7 @@
 #include "engine/control/rpc_server.h"
 #include "engine/daemon/group.h"
 #include "engine/daemon/node_state.h"
+#include "engine/daemon/passed_sockets.h"
 #include "engine/daemon/volume.h"
 #include "engine/replicate/peer_service.h"
 #include "engine/replicate/socket_dialer.h"
@@ -41,7 +42,7 @@ class Daemon final : private PeerServiceHandler {
  public:
   using Done = std::function<void(Status)>;
 
-  Daemon(Reactor& reactor, const DaemonConfig& config);
+  Daemon(Reactor& reactor, const DaemonConfig& config, PassedSockets passed = {});
   ~Daemon();
 
   void start(Done done);      // ready: the control socket exists
@@ -87,8 +88,9 @@ class Daemon final : private PeerServiceHandler {
   std::string path_in_state(const std::string& name) const { return config_.state_dir + "/" + name; }
 
   // daemon_volumes.cpp
+  Status check_passed_sockets(const NodeRecord& record) const;
   void make_new_volumes();  // of the command line
-  Status make_volume(const VolumeConfig& config, Volume::Origin origin);
+  Status make_volume(const VolumeConfig& given, Volume::Origin origin);
   void open_volumes(Done done);  // and their groups and exports; never fails, because volumes fail one by one
   void open_volumes_of(const GroupRecord& record, Done done);
   void fail_volumes_of(const GroupRecord& record, const std::string& culprit, const Error& error, Done done);
@@ -145,6 +147,7 @@ class Daemon final : private PeerServiceHandler {
 
   Reactor& reactor_;
   const DaemonConfig config_;
+  const PassedSockets passed_;
   EventLog events_;
   UniqueFd state_lock_;
   std::unique_ptr<FileStore> state_file_;

@@ -6,6 +6,7 @@
 // from being served. It is listed with its reason and has no export; `volume add` with its name tries it again. The
 // volumes of one guest fail together, because their group is sealed, written and handed over as one.
 #include <filesystem>
+#include <set>
 #include <utility>
 
 #include "engine/base/log.h"
@@ -34,12 +35,38 @@ Result<Volume*> Daemon::volume(const std::string& name) const {
   return fail(ErrorKind::NotFound, "there is no volume '{}'; see: vmferry volume list", name);
 }
 
-Status Daemon::make_volume(const VolumeConfig& config, Volume::Origin origin) {
+// A socket that nobody accepts on would leave its clients waiting for ever.
+Status Daemon::check_passed_sockets(const NodeRecord& record) const {
+  const auto add = [](std::string& list, const std::string& item) { list += (list.empty() ? "" : ", ") + item; };
+  std::set<std::string> names;
+  for (const VolumeConfig& volume : config_.volumes) names.insert(volume.name);
+  for (const auto& [name, volume] : record.volumes) names.insert(name);
+  std::string strangers;
+  for (const auto& [name, addresses] : passed_.addresses()) {
+    if (!names.contains(name)) add(strangers, fmt::format("'{}' ({})", printable(name), addresses.front().to_string()));
+  }
+  if (strangers.empty()) return {};
+  std::string known;
+  for (const std::string& name : names) add(known, name);
+  return fail(ErrorKind::NotFound,
+              "the service manager passed a socket named {}, and there is no such volume: FileDescriptorName= in the "
+              ".socket unit has to be the name of a volume (there {})",
+              strangers, known.empty() ? "is none" : "are: " + known);
+}
+
+Status Daemon::make_volume(const VolumeConfig& given, Volume::Origin origin) {
+  VolumeConfig config = given;
+  const std::vector<PassedSocket>* const sockets = passed_.of_volume(config.name);
+  config.passed.clear();
+  if (sockets != nullptr) {
+    for (const PassedSocket& socket : *sockets) config.passed.push_back(socket.address);
+  }
   // Before a file is made. Also for a recorded one: it was accepted under another configuration of the daemon.
+  if (auto same = check_passed(config); !same) return same;
   if (auto safe = check_nbd_tls(config_.nbd_tls, config); !safe) return safe;
   auto volume = Volume::create(reactor_, config, path_in_state("volumes/" + config.name + ".meta"), origin);
   if (!volume) return tl::unexpected(volume.error());
-  (*volume)->set_nbd({config_.nbd_tls, nbd_credentials_, config_.nbd_limits});
+  (*volume)->set_nbd({config_.nbd_tls, nbd_credentials_, config_.nbd_limits, sockets});
   (*volume)->set_peer_name([this, name = config.name] {
     const Group* const group = group_of(name);
     return group != nullptr ? group->record().peer : std::string();
@@ -198,6 +225,13 @@ void Daemon::retry_volume(VolumeConfig config, Done done) {  // by value: it may
 }
 
 void Daemon::remove_volume(const std::string& name, Done done) {
+  if (const auto* const sockets = passed_.of_volume(name); sockets != nullptr) {
+    return done(
+        fail(ErrorKind::Busy,
+             "the service manager holds a socket for volume '{}' ({}), and its clients would wait for ever: take "
+             "it out of the .socket unit and restart vmferryd first",
+             name, sockets->front().address.to_string()));
+  }
   if (failed_.contains(name)) return give_up_volume(name, std::move(done));
   const auto found = volume(name);
   if (!found) return done(tl::unexpected(found.error()));

@@ -72,7 +72,7 @@ void measure_record(Daemon& daemon, std::function<void(Nanoseconds)> done, Nanos
 std::map<std::string, std::string> export_places(const Daemon& daemon) {
   std::map<std::string, std::string> places;
   for (const auto& [name, volume] : daemon.volumes()) {
-    if (volume->config().nbd) places[volume->config().nbd->to_string()] = name;
+    for (const Endpoint& address : volume->config().nbd_addresses()) places[address.to_string()] = name;
     if (const std::string& path = volume->config().vhost_user_blk; !path.empty())
       places["vhost-user-blk:" + path] = name;
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/daemon/volume.h"
 
+#include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -186,7 +187,7 @@ NbdTls Volume::nbd_tls() const {
 }
 
 Status Volume::serve_nbd() {
-  if (!config_.nbd) return {};
+  if (config_.nbd_addresses().empty()) return {};
   if (auto safe = check_nbd_tls(nbd_.tls, config_); !safe) return safe;
   if (peer_name_) dirty_contexts_ = std::make_unique<DirtyContexts>(*device_, peer_name_);
   NbdLimits limits;
@@ -206,18 +207,32 @@ Status Volume::serve_nbd() {
       !added) {
     return fail_with(added.error(), fmt::format("volume '{}'", config_.name));
   }
+  return listen_nbd();
+}
+
+Status Volume::listen_nbd() {
   const auto options = listen_options();
   if (!options) return tl::unexpected(options.error());
-  auto listener = Listener::create(reactor_, *config_.nbd, *options, [this](std::unique_ptr<SocketStream> stream) {
-    server_->accept(std::move(stream));
-  });
-  if (!listener) return fail_with(listener.error(), fmt::format("volume '{}': nbd", config_.name));
-  listener_ = std::move(*listener);
+  const auto accept = [this](std::unique_ptr<SocketStream> stream) { server_->accept(std::move(stream)); };
+  if (nbd_.sockets == nullptr) {
+    auto listener = Listener::create(reactor_, *config_.nbd, *options, accept);
+    if (!listener) return fail_with(listener.error(), fmt::format("volume '{}': nbd", config_.name));
+    listeners_.push_back(std::move(*listener));
+    return {};
+  }
+  for (const PassedSocket& socket : *nbd_.sockets) {
+    UniqueFd fd(::fcntl(socket.fd.get(), F_DUPFD_CLOEXEC, 0));  // ours goes with the export, theirs is for the next one
+    if (!fd.valid()) {
+      return fail(ErrorKind::LimitExceeded, "volume '{}': the service manager's socket {}: {}", config_.name,
+                  socket.address.to_string(), errno_text(errno));
+    }
+    listeners_.push_back(Listener::adopt(reactor_, std::move(fd), socket.address, *options, accept));
+  }
   return {};
 }
 
 void Volume::stop_serving(std::function<void()> done) {
-  listener_.reset();
+  listeners_.clear();
   vhost_listener_.reset();
   if (server_ == nullptr && vhost_ == nullptr) return reactor_.post(std::move(done));
   run_steps({[this](StepDone next) {
@@ -273,8 +288,8 @@ void Volume::resize(uint64_t size, Done done) {
 
 std::vector<std::string> Volume::export_uris() const {
   std::vector<std::string> uris;
-  if (listener_ != nullptr) {
-    const Endpoint local = listener_->local();
+  for (const auto& listener : listeners_) {
+    const Endpoint local = listener->local();
     const std::string_view scheme = nbd_tls().policy == nbd::TlsPolicy::Require ? "nbds" : "nbd";
     uris.push_back(local.is_unix
                        ? fmt::format("{}+unix:///{}?socket={}", scheme, config_.name, percent_encoded(local.path))

@@ -17,6 +17,7 @@
 #include "blockdev/vhost/vhost_server.h"
 #include "engine/control/config.h"
 #include "engine/daemon/dirty_contexts.h"
+#include "engine/daemon/passed_sockets.h"
 #include "engine/runtime/listener.h"
 #include "engine/track/tracked_device.h"
 #include "netproto/tls/tls_credentials.h"
@@ -38,6 +39,8 @@ class Volume {
     NbdTlsConfig tls{};
     std::shared_ptr<const TlsCredentials> credentials{};  // nullptr when the configuration names none
     NbdExportLimits limits{};
+    // That were passed for this volume; they outlive it, and VolumeConfig::passed says their addresses. nullptr: none.
+    const std::vector<PassedSocket>* sockets = nullptr;
   };
   void set_nbd(const NbdSupport& support) { nbd_ = support; }
   // Asked whenever an NBD client looks for meta contexts; before serve().
@@ -71,6 +74,7 @@ class Volume {
   Status serve_nbd();
   Status serve_vhost();
   Result<ListenOptions> listen_options() const;
+  Status listen_nbd();
   NbdTls nbd_tls() const;
 
   Reactor& reactor_;
@@ -85,7 +89,7 @@ class Volume {
   std::vector<std::string> made_files_;
   bool opened_ = false;
   std::unique_ptr<NbdServer> server_;
-  std::unique_ptr<Listener> listener_;
+  std::vector<std::unique_ptr<Listener>> listeners_;
   std::unique_ptr<VhostServer> vhost_;
   std::unique_ptr<Listener> vhost_listener_;
 };

@@ -103,6 +103,20 @@ void SocketAddress::set_port(uint16_t port) {
   if (family() == AF_INET6) reinterpret_cast<sockaddr_in6*>(&storage)->sin6_port = htons(port);
 }
 
+Result<Endpoint> local_address(int fd) {
+  SocketAddress address;
+  address.size = sizeof address.storage;
+  if (getsockname(fd, reinterpret_cast<sockaddr*>(&address.storage), &address.size) != 0)
+    return fail(ErrorKind::InvalidArgument, "its address: {}", errno_text(errno));
+  if (address.family() == AF_INET || address.family() == AF_INET6) return Endpoint::parse(address.to_string());
+  if (address.family() != AF_UNIX) return fail(ErrorKind::InvalidArgument, "it is neither a unix nor a TCP socket");
+  // An unnamed or abstract one has no path, or one that begins with NUL; the kernel ends a path with NUL if it fits.
+  if (address.size <= offsetof(sockaddr_un, sun_path) ||
+      reinterpret_cast<const sockaddr_un*>(&address.storage)->sun_path[0] != '/')
+    return fail(ErrorKind::InvalidArgument, "it is a unix socket without an absolute path");
+  return Endpoint::parse(address.to_string());
+}
+
 Result<std::vector<SocketAddress>> resolve(const Endpoint& endpoint, ResolveFor purpose) {
   if (endpoint.is_unix) return std::vector<SocketAddress>{unix_address(endpoint.path)};
   addrinfo hints{};

@@ -39,6 +39,10 @@ struct SocketAddress {
   void set_port(uint16_t port);
 };
 
+// What a socket is bound to: an absolute path or a TCP address, so that a client can be told it. InvalidArgument for
+// everything else, abstract unix sockets among them.
+Result<Endpoint> local_address(int fd);
+
 enum class ResolveFor : uint8_t { Connect, Listen };
 // Every address of the endpoint, in the order to try.
 Result<std::vector<SocketAddress>> resolve(const Endpoint& endpoint, ResolveFor purpose);

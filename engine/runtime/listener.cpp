@@ -52,6 +52,15 @@ Result<std::unique_ptr<Listener>> Listener::create(Reactor& reactor, const Endpo
   return listener;
 }
 
+std::unique_ptr<Listener> Listener::adopt(Reactor& reactor, UniqueFd listening, const Endpoint& address,
+                                          const ListenOptions& options, Accepted accepted) {
+  std::unique_ptr<Listener> listener(new Listener(reactor, options, std::move(accepted)));
+  listener->local_ = address;
+  listener->fds_.push_back(std::move(listening));
+  listener->start();
+  return listener;
+}
+
 Listener::Listener(Reactor& reactor, const ListenOptions& options, Accepted accepted)
     : reactor_(reactor), options_(options), accepted_(std::move(accepted)), back_off_(reactor) {}
 

@@ -28,6 +28,10 @@ class Listener {
 
   static Result<std::unique_ptr<Listener>> create(Reactor& reactor, const Endpoint& endpoint,
                                                   const ListenOptions& options, Accepted accepted);
+  // On a socket that somebody else made and listens already, as service managers do: it stays theirs, and its file, if
+  // it has one, stays there. `address` is what it is bound to. Of the options only `socket` counts.
+  static std::unique_ptr<Listener> adopt(Reactor& reactor, UniqueFd listening, const Endpoint& address,
+                                         const ListenOptions& options, Accepted accepted);
   ~Listener();  // stops accepting and removes the unix socket that it made
 
   Endpoint local() const { return local_; }  // with the real port when 0 was asked

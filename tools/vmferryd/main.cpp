@@ -6,10 +6,12 @@
 
 #include <csignal>
 #include <cstdio>
+#include <utility>
 
 #include "engine/control/config.h"
 #include "engine/daemon/daemon.h"
 #include "engine/daemon/nbd_tls.h"
+#include "engine/daemon/passed_sockets.h"
 #include "engine/runtime/reactor.h"
 
 namespace {
@@ -29,9 +31,9 @@ void raise_descriptor_limit() {
   }
 }
 
-int serve(Reactor& reactor, const DaemonConfig& config) {
+int serve(Reactor& reactor, const DaemonConfig& config, PassedSockets passed) {
   int status = kDone;
-  Daemon daemon(reactor, config);
+  Daemon daemon(reactor, config, std::move(passed));
   bool stopping = false;
   const auto stop = [&](int signal_number) {
     if (stopping) return;
@@ -63,11 +65,14 @@ int serve(Reactor& reactor, const DaemonConfig& config) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  ConfigOutcome outcome = load_config(std::vector<std::string>(argv + 1, argv + argc));
+  std::vector<ConfigProblem> problems_of_passed;
+  PassedSockets passed = PassedSockets::take(problems_of_passed);
+  ConfigOutcome outcome = load_config(std::vector<std::string>(argv + 1, argv + argc), passed.addresses());
   if (!outcome.help.empty()) {
     std::fputs(outcome.help.c_str(), stdout);
     return kDone;
   }
+  outcome.problems.insert(outcome.problems.begin(), problems_of_passed.begin(), problems_of_passed.end());
   if (outcome.config.check_only) {
     check_files(outcome.config, outcome.problems);
     if (const auto credentials = load_nbd_credentials(outcome.config.nbd_tls); !credentials) {
@@ -98,5 +103,5 @@ int main(int argc, char** argv) {
     log::error("start: {}", reactor.error().text);
     return kFailed;
   }
-  return serve(**reactor, outcome.config);
+  return serve(**reactor, outcome.config, std::move(passed));
 }

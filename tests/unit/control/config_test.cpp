@@ -140,6 +140,28 @@ TEST(Config, ReadOnlyIsTrueOrFalseInAFileAndOnOrOffInAnOption) {
   }
 }
 
+// Two addresses for one export, or one that the network reaches without TLS, are found before anything is served.
+TEST(Config, SocketsOfTheServiceManagerTakeThePlaceOfNbd) {
+  const auto problems = [](const std::string& more, const char* address, std::vector<std::string> arguments = {}) {
+    arguments.insert(arguments.begin(), {"--state-dir", "/s", "--volume", "name=vda,path=/a" + more});
+    return all(load_config(arguments, {{"vda", {*Endpoint::parse(address)}}}).problems);
+  };
+  const std::vector<std::string> tls{"--nbd-tls-psk", "/k"};
+  EXPECT_EQ(problems("", "unix:/run/vda"), "");
+  EXPECT_EQ(problems(",nbd=unix:/run/vda", "unix:/run/vda"), "");
+  EXPECT_THAT(problems(",nbd=unix:/run/other", "unix:/run/vda"), HasSubstr("leave nbd= out"));
+  EXPECT_EQ(problems("", "127.0.0.1:1"), "");
+  EXPECT_THAT(problems("", "0.0.0.0:1"), HasSubstr("not on loopback"));
+  EXPECT_THAT(problems("", "[::]:1"), HasSubstr("not on loopback"));
+  EXPECT_EQ(problems("", "0.0.0.0:1", tls), "");
+  EXPECT_THAT(problems(",nbd-tls=allow", "0.0.0.0:1", tls), HasSubstr("not on loopback"));
+  EXPECT_EQ(problems(",tls-allow=alice", "unix:/run/vda", tls), "") << "nbd= is not missing";
+  EXPECT_THAT(all(load_config({"--state-dir", "/s", "--volume", "name=vdb,path=/b,tls-allow=alice", tls[0], tls[1]},
+                              {{"vda", {*Endpoint::parse("unix:/run/vda")}}})
+                      .problems),
+              HasSubstr("nbd=, which is missing"));
+}
+
 TEST(Config, WhatCannotBeTrueTogetherIsRefused) {
   const auto refused = [](std::vector<std::string> volumes) {
     std::vector<std::string> arguments{"--state-dir", "/s"};

@@ -5,7 +5,9 @@
 #include <netinet/tcp.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 
+#include <cstdio>
 #include <filesystem>
 
 #include "engine/base/log.h"
@@ -265,6 +267,50 @@ TEST_P(SocketTest, StaleUnixSocketIsReplacedALiveOneIsNot) {
   { const UniqueFd file(open(endpoint.path.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600)); }
   EXPECT_EQ(Listener::create(*reactor, endpoint, {}, [](auto) {}).error().kind, ErrorKind::Exists);
   EXPECT_EQ(stat(endpoint.path.c_str(), &info), 0) << "a file that is no socket is not ours to remove";
+}
+
+// The service manager keeps the socket for the next daemon: without the file nobody could connect any more, and clients
+// that come between two daemons must not be turned away.
+TEST_P(SocketTest, AnAdoptedSocketStaysTheOnesWhoMadeIt) {
+  const Endpoint endpoint = *Endpoint::parse("unix:" + folder + "/s");
+  const UniqueFd theirs(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  const auto address = resolve(endpoint, ResolveFor::Listen);
+  ASSERT_EQ(bind(theirs.get(), (*address)[0].get(), (*address)[0].size), 0);
+  ASSERT_EQ(listen(theirs.get(), 8), 0);
+  ASSERT_EQ(local_address(theirs.get())->to_string(), endpoint.to_string());
+  for (int daemon = 0; daemon < 2; ++daemon) {
+    const UniqueFd client(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    ASSERT_EQ(connect(client.get(), (*address)[0].get(), (*address)[0].size), 0) << "nobody accepts yet";
+    int accepted = 0;
+    auto listener = Listener::adopt(*reactor, UniqueFd(dup(theirs.get())), endpoint, {}, [&](auto) { ++accepted; });
+    EXPECT_EQ(listener->local().path, endpoint.path);
+    ASSERT_TRUE(run([&] { return accepted == 1; }));
+  }
+  struct stat info {};
+  EXPECT_EQ(stat(endpoint.path.c_str(), &info), 0);
+}
+
+// An export whose address cannot be told is no use to a client, and an abstract socket is open to every user.
+TEST(LocalAddress, IsAnAbsolutePathOrATcpAddress) {
+  const auto bound = [](int family, const sockaddr* address, socklen_t size) {
+    const UniqueFd fd(socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    if (address != nullptr) {
+      EXPECT_EQ(bind(fd.get(), address, size), 0) << errno_text(errno);
+    }
+    return local_address(fd.get());
+  };
+  sockaddr_in v4{.sin_family = AF_INET, .sin_port = 0, .sin_addr = {htonl(INADDR_LOOPBACK)}, .sin_zero = {}};
+  const auto tcp = bound(AF_INET, reinterpret_cast<const sockaddr*>(&v4), sizeof v4);
+  ASSERT_TRUE(tcp);
+  EXPECT_EQ(tcp->host, "127.0.0.1");
+  EXPECT_NE(tcp->port, 0);
+  sockaddr_un abstract{};
+  abstract.sun_family = AF_UNIX;
+  std::snprintf(abstract.sun_path + 1, sizeof abstract.sun_path - 1, "vmferry-test-%d", getpid());
+  EXPECT_FALSE(bound(AF_UNIX, reinterpret_cast<const sockaddr*>(&abstract), sizeof(sa_family_t) + 24));
+  EXPECT_FALSE(bound(AF_UNIX, nullptr, 0)) << "not bound at all";
+  EXPECT_FALSE(bound(AF_NETLINK, nullptr, 0));
+  EXPECT_FALSE(local_address(-1));
 }
 
 TEST_P(SocketTest, ConnectReportsRefusalTimeoutAndUnknownNames) {
