@@ -214,6 +214,28 @@ class Abuse(unittest.TestCase):
         self.assertEqual(working.recv(1), b"")
         self.assertEqual(server.process.wait(10), 0)
 
+    def test_a_client_library_is_told_eshutdown_while_the_server_drains(self):
+        # libnbd, not a socket of ours: its program can tell an orderly end from a broken disk.
+        server = self.serve()
+        busy, late = nbd.NBD(), nbd.NBD()
+        for handle in (busy, late):
+            handle.connect_uri(server.uri("slow"))
+        cookie = busy.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"w" * 4096)), 0)
+        while busy.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:  # until it is on its way
+            busy.poll(10)
+        server.stopping = True
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+        for refused in (lambda: late.pread(512, 0), lambda: late.pwrite(b"x" * 512, 0)):
+            with self.assertRaises(nbd.Error) as caught:
+                refused()
+            self.assertEqual(caught.exception.errnum, errno.ESHUTDOWN, caught.exception)
+        while not busy.aio_command_completed(cookie):  # raises when it failed
+            busy.poll(1000)
+        with self.assertRaises(nbd.Error) as caught:  # no newcomer either
+            nbd.NBD().connect_uri(server.uri("ram"))
+        self.assertEqual(server.process.wait(10), 0)
+
     def test_qemu_io_survives_a_crowd(self):
         server = self.serve()
         dice = random.Random(3)

@@ -138,6 +138,35 @@ class Clients(TlsCase):
         with self.assertRaises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), 5)
 
+    def test_each_export_takes_only_the_clients_whose_certificates_it_names(self):
+        # One CA signs for every host of the site; the backup server's certificate must not open a guest's disk for writing.
+        a = self.start(volumes=1)
+        for n, names in ((2, "alice"), (3, "backup:hosta"), (4, "alice:backup")):
+            a.vmferry("volume", "add", f"name=vol{n},path={self.folder}/vol{n}.img,size={n}M,nbd=unix:{self.folder}/vol{n}.nbd,"
+                                       f"tls-allow={names}")
+        clients = {name: self.authority.client(self.folder / f"c-{name}", name) for name in ("backup", "hosta", "mallory")}
+        clients["alice"] = self.alice
+        allowed = {1: set(clients), 2: {"alice"}, 3: {"backup", "hosta"}, 4: {"alice", "backup"}}
+        for n, names in allowed.items():
+            for name, folder in clients.items():
+                with self.subTest(export=n, client=name):
+                    uri = self.by_certificate(folder, n)
+                    image = (f"driver=nbd,export=vol{n},server.type=unix,server.path={self.folder}/vol{n}.nbd,tls-creds=t,"
+                             "tls-hostname=localhost")
+                    qemu = ["qemu-img", "info", "--object", f"tls-creds-x509,id=t,endpoint=client,dir={folder}",
+                            "--image-opts", image]
+                    listed = json.loads(run("nbdinfo", "--list", "--json", uri.replace(f"vol{n}?", "?")).stdout)["exports"]
+                    if name in names:
+                        size = n * MIB if n > 1 else 8 * MIB
+                        self.assertEqual(run("nbdinfo", "--size", uri).stdout.strip(), str(size))
+                        self.assertIn(f"{size} bytes", run(*qemu).stdout)
+                        self.assertEqual([e["export-name"] for e in listed], [f"vol{n}"])
+                    else:
+                        self.assertIn("policy", self.refused_client(uri))
+                        self.assertNotEqual(run(*qemu, check=False).returncode, 0)
+                        self.assertEqual(listed, [], "it does not even hear that the export is there")
+        self.wait_log(a, "is not in tls-allow of export 'vol2'")
+
     def test_optional_tls_serves_both_kinds_and_protects_the_exports_that_name_their_clients(self):
         a = self.start("--nbd-tls", "allow", volumes=1)
         a.vmferry("volume", "add",
