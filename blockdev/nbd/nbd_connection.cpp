@@ -14,6 +14,7 @@ namespace {
 
 // A client that haggles without reading the answers: no real one leaves this much behind.
 constexpr size_t kHandshakeUnsentMax = 256_KiB;
+constexpr std::string_view kGoneReason = "client is gone; what it left is not carried out";
 constexpr size_t kHandshakeSlice = 4_KiB;  // between two looks at that limit
 
 }  // namespace
@@ -47,6 +48,7 @@ void NbdConnection::send(ByteSpan bytes) {
 
 void NbdConnection::stream_readable(ByteSpan bytes) {
   received_bytes_ += bytes.size();
+  if (requests_are_stale()) return close(kGoneReason);
   if (tls_ != nullptr) return decrypt(bytes);
   consume(bytes);
 }
@@ -155,9 +157,17 @@ bool NbdConnection::fits_own_limit(uint64_t bytes) const {
   return operation_bytes_ + stream_->unsent_bytes() + bytes <= server_.limits_.connection_inflight_bytes_max;
 }
 
+bool NbdConnection::requests_are_stale() const {
+  return server_.limits_.drop_requests_of_gone_clients && stream_->peer_gone();
+}
+
 void NbdConnection::grant(uint64_t bytes) {
   VF_ASSERT(held_ == Held::AwaitsGrant && phase_ == Phase::Transmission);
   held_ = Held::Nothing;
+  if (requests_are_stale()) {
+    server_.release(bytes);
+    return close(kGoneReason);
+  }
   start_request(bytes);
   resume();
   settle();
@@ -182,6 +192,7 @@ void NbdConnection::settle() {
   if (unsent < unsent_bytes_) server_.release(unsent_bytes_ - unsent);
   unsent_bytes_ = unsent;
   if (held_ == Held::OverOwnLimit && fits_own_limit(bytes_wanted_)) {
+    if (requests_are_stale()) return close(kGoneReason);
     held_ = Held::Nothing;
     admit_request();
     resume();

@@ -74,6 +74,7 @@ class NbdConnection final : private StreamHandler {
   void send(ByteSpan bytes);
   uint64_t client_progress() const;  // bytes taken from the client and by the client
   bool fits_own_limit(uint64_t bytes) const;
+  bool requests_are_stale() const;  // NbdLimits::drop_requests_of_gone_clients
 
   // nbd_connection_tls.cpp: between the stream and the phases, once STARTTLS was acknowledged.
   void start_tls();

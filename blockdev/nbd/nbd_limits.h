@@ -28,6 +28,10 @@ struct NbdLimits {
   // Instead, at a drain: no grace, and what is not carried out is not answered at all. For a server that will be back:
   // QEMU sends such requests again within its reconnect-delay, while ESHUTDOWN reaches the guest as an I/O error.
   bool drain_unanswered = false;
+  // What a client sent before it closed, and was not read until then, is not carried out. For the kernel's client,
+  // which gives a silent connection up and sends the same requests, and then others, over another one: what comes late
+  // from the old one would overwrite newer data. Costs a look at the socket per read.
+  bool drop_requests_of_gone_clients = false;
   Nanoseconds drain_time_max = 10 * kSecond;  // for replies to be taken by the client
 
   size_t status_extents_max = 2048;  // descriptors of one BLOCK_STATUS reply

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/uio.h>
 
@@ -111,6 +112,11 @@ void SocketStream::close() {
   queue_.clear();
   unsent_ = 0;
   front_sent_ = 0;
+}
+
+bool SocketStream::peer_gone() const {
+  pollfd state{.fd = fd_.get(), .events = 0, .revents = 0};
+  return !fd_.valid() || (::poll(&state, 1, 0) == 1 && (state.revents & (POLLHUP | POLLERR)) != 0);
 }
 
 UniqueFd SocketStream::release() {

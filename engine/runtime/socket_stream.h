@@ -36,6 +36,7 @@ class SocketStream final : public ByteStream {
   void pause_reading(bool paused) override;
   void close() override;
   void close_after_writing() override;  // stream_closed(0) tells when everything was handed to the kernel
+  bool peer_gone() const override;
   std::string peer_text() const override { return peer_text_; }
 
   // stream_writable() comes when the queue falls to this many bytes, and when it is empty. Default 256 KiB.

@@ -43,7 +43,9 @@ class ByteStream {
   virtual void pause_reading(bool paused) = 0;  // backpressure: paused, the kernel's buffer fills up
   virtual void close() = 0;                     // drops what is queued; no further callbacks
   virtual void close_after_writing() = 0;       // sends what is queued, then closes; reading stops at once
-  virtual std::string peer_text() const = 0;    // "unix:/path", "10.0.0.1:4411" for log lines
+  // The other side has closed both directions, although bytes of it may still have to be delivered.
+  virtual bool peer_gone() const { return false; }
+  virtual std::string peer_text() const = 0;  // "unix:/path", "10.0.0.1:4411" for log lines
 };
 
 }  // namespace vmferry

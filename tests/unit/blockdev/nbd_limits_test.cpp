@@ -64,6 +64,52 @@ TEST_F(NbdLimitsTest, AtItsOwnLimitAConnectionStopsReadingAndGoesOnInOrder) {
   EXPECT_FALSE(client->wire().paused);
 }
 
+// The kernel's client gives a silent connection up, sends the same write over another one, and then a newer one. The
+// old one, carried out last, would undo the newer.
+TEST_F(NbdLimitsTest, WhatAGoneClientLeftUnreadIsNotCarriedOut) {
+  start({.drop_requests_of_gone_clients = true});
+  auto client = connected();
+  EXPECT_EQ(client->ask(kCmdWrite, 0, 0, 4, Bytes(4, 1)), 0);
+  client->wire().client_gone = true;
+  client->send(request(kCmdWrite, 0, 9, 0, 4, Bytes(4, 2)));
+  EXPECT_EQ(disk_.content()[0], 1);
+  EXPECT_FALSE(client->open());
+}
+
+// Others close right after their last request, and mean it.
+TEST_F(NbdLimitsTest, ByDefaultWhatAGoneClientLeftIsCarriedOut) {
+  start({});
+  auto client = connected();
+  client->wire().client_gone = true;
+  client->send(request(kCmdWrite, 0, 9, 0, 4, Bytes(4, 2)));
+  EXPECT_EQ(disk_.content()[0], 2);
+}
+
+// Read before its client went, but kept back by a limit: the same as unread.
+TEST_F(NbdLimitsTest, AHeldRequestOfAGoneClientIsNotCarriedOut) {
+  for (const bool own_limit : {true, false}) {
+    NbdLimits limits{.drop_requests_of_gone_clients = true};
+    (own_limit ? limits.connection_inflight_bytes_max : limits.inflight_bytes_max) = 48_MiB;
+    start(limits);
+    auto client = connected();
+    disk_.holding = true;
+    Bytes batch;
+    for (uint64_t i = 0; i < 3; ++i) {
+      const Bytes one = request(kCmdRead, 0, i, 0, kLarge);
+      batch.insert(batch.end(), one.begin(), one.end());
+    }
+    client->send(batch);
+    ASSERT_EQ(disk_.held.size(), 2U);
+    const size_t seen = disk_.seen.size();
+    client->wire().client_gone = true;
+    disk_.release_all();
+    executor_.run();
+    EXPECT_EQ(disk_.seen.size(), seen);
+    EXPECT_FALSE(client->open());
+    TearDown();
+  }
+}
+
 // A request of one byte takes pages for its data. Counted as one byte, a client with requests that wait for a slow disk
 // has the daemon hold 16 times what the limit says.
 TEST_F(NbdLimitsTest, TinyRequestsCountWithTheMemoryThatTheyTake) {

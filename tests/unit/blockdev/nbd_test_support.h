@@ -76,8 +76,9 @@ struct Wire {
   bool client_reads = true;  // false: what the server writes stays unsent
   bool paused = false;
   bool open = true;
-  Bytes inbox;     // sent by the client while reading was paused
-  Bytes received;  // by the client
+  bool client_gone = false;  // it closed; what it sent before may still be delivered
+  Bytes inbox;               // sent by the client while reading was paused
+  Bytes received;            // by the client
 };
 
 class MemoryStream final : public ByteStream {
@@ -100,6 +101,7 @@ class MemoryStream final : public ByteStream {
     wire_->open = false;
   }
   void close_after_writing() override {}
+  bool peer_gone() const override { return wire_->client_gone; }
   std::string peer_text() const override { return "memory"; }
 
   static void take(Wire& wire) {
