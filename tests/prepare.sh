@@ -4,9 +4,9 @@
 
 vf_build_packages="g++ cmake ninja-build pkg-config ccache liburing-dev libaio-dev libssl-dev libzstd-dev libxxhash-dev \
  libgtest-dev libgmock-dev libcli11-dev libtomlplusplus-dev nlohmann-json3-dev libspdlog-dev libfmt-dev libsystemd-dev \
- libexpected-dev"
+ libexpected-dev libnl-genl-3-dev"
 vf_guest_packages="python3 qemu-system-x86 qemu-utils busybox-static cpio zstd e2fsprogs iproute2 iputils-ping kmod"
-vf_test_packages="$vf_guest_packages fio libnbd-bin python3-libnbd nbdkit iperf3 procps spin openssl clang-format-14 systemd"
+vf_test_packages="$vf_guest_packages fio libnbd-bin python3-libnbd nbdkit iperf3 procps spin openssl clang-format-14 systemd binutils util-linux"
 vf_perf_packages="fio nbdkit nbd-server"
 vf_sanitize_packages="clang-14 libclang-rt-14-dev llvm-14"
 
