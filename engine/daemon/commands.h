@@ -13,6 +13,7 @@ void add_volume_methods(RpcServer& server, Daemon& daemon);
 void add_peer_methods(RpcServer& server, Daemon& daemon);
 void add_replicate_methods(RpcServer& server, Daemon& daemon);
 void add_migrate_methods(RpcServer& server, Daemon& daemon);
+void add_attach_methods(RpcServer& server, Daemon& daemon);
 void add_role_methods(RpcServer& server, Daemon& daemon);
 
 }  // namespace vmferry

@@ -16,6 +16,7 @@
 #include "engine/daemon/nbd_tls.h"
 #include "engine/replicate/peer_identity.h"
 #include "engine/runtime/steps.h"
+#include "kmod-shim/nbd_kernel_driver.h"
 
 namespace vmferry {
 
@@ -54,6 +55,19 @@ Daemon::Daemon(Reactor& reactor, const DaemonConfig& config, PassedSockets passe
       passed_(std::move(passed)),
       events_(reactor),
       dialer_(reactor),
+      attachments_({.reactor = reactor,
+                    .events = events_,
+                    .driver = std::make_shared<NbdKernelDriver>(),
+                    .state = [this]() -> NodeState& { return *state_; },
+                    .volume = [this](const std::string& name) -> Volume* {
+                      const auto found = volumes_.find(name);
+                      return found != volumes_.end() && found->second->serving() ? found->second.get() : nullptr;
+                    },
+                    .may_write =
+                        [this](const std::string& name) {
+                          const Group* const group = group_of(name);
+                          return group != nullptr && group->ownership().role == Role::Primary;
+                        }}),
       shutdown_timer_(reactor),
       state_timer_(reactor),
       reopen_timer_(reactor) {}
@@ -72,6 +86,7 @@ void Daemon::start(Done done) {
                     "started",
                     {{"version", VMFERRY_VERSION}, {"volumes", volumes_.size()}, {"failed_volumes", failed_.size()}});
                 watch_replication_states();
+                attachments_.start();
                 sd_notify(0, "READY=1");
               }
               done(status);
@@ -197,6 +212,7 @@ void Daemon::register_commands() {
   add_replicate_methods(*rpc_, *this);
   add_migrate_methods(*rpc_, *this);
   add_role_methods(*rpc_, *this);
+  add_attach_methods(*rpc_, *this);
 }
 
 void Daemon::watch_replication_states() {
@@ -242,6 +258,8 @@ void Daemon::shut_down(Done done) {
   const auto drained = [this, done = std::move(done)] {
     peer_listener_.reset();
     std::vector<AsyncStep> steps;
+    // While volumes are still served: what the kernel is doing may wait for them.
+    steps.push_back([this](StepDone next) { attachments_.stop([next] { next({}); }); });
     for (auto& [name, volume] : volumes_) {
       steps.push_back([opened = volume.get()](StepDone next) { opened->stop_serving([next] { next({}); }); });
     }

@@ -7,6 +7,7 @@
 //   daemon_groups.cpp   groups: made, merged, offered by a peer, connected to their peer
 //   daemon_regroup.cpp  one group takes the place of others, or all stays as it was
 //   daemon_resize.cpp   a volume grows, its peer first
+//   attachments.h       volumes as block devices of this host
 //   rpc_*.cpp           the commands of the control socket, by subject
 // Threads: the reactor's.
 #pragma once
@@ -19,6 +20,7 @@
 #include "engine/control/events.h"
 #include "engine/control/metrics_server.h"
 #include "engine/control/rpc_server.h"
+#include "engine/daemon/attachments.h"
 #include "engine/daemon/group.h"
 #include "engine/daemon/node_state.h"
 #include "engine/daemon/passed_sockets.h"
@@ -53,10 +55,13 @@ class Daemon final : private PeerServiceHandler {
   EventLog& events() { return events_; }
   NodeState& state() { return *state_; }
   PeerService& peers() { return *peers_; }
+  Attachments& attachments() { return attachments_; }
   const std::map<std::string, std::unique_ptr<Volume>>& volumes() const { return volumes_; }
   Result<Volume*> volume(const std::string& name) const;  // that is served; the reason when it has failed
   const std::map<std::string, FailedVolume>& failed_volumes() const { return failed_; }
   Group* group_of(const std::string& volume) const;  // nullptr also while it is being regrouped
+  // Busy when one of them is a block device of this host: whoever uses that would go on writing here.
+  Status check_not_attached(const std::vector<std::string>& names) const;
   // The one group of all of them.
   Result<Group*> group_of_all(const std::vector<std::string>& names) const;
   std::vector<Group*> groups() const;  // that are open; one that is being formed has no state yet
@@ -174,6 +179,7 @@ class Daemon final : private PeerServiceHandler {
   std::map<Id128, GroupRecord> lost_groups_;           // could not be opened; tried again
   std::map<std::string, std::string> group_troubles_;  // by volume, for status
 
+  Attachments attachments_;
   std::unique_ptr<PeerService> peers_;
   std::unique_ptr<Listener> peer_listener_;
   std::unique_ptr<RpcServer> rpc_;

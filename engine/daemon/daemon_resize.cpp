@@ -102,7 +102,8 @@ void Daemon::grow_volume(const std::string& name, uint64_t size, Done done) {
                      if (record.volumes[name].size) record.volumes[name].size = size;
                    },
                    std::move(next));
-             }},
+             },
+             [this, name](StepDone next) { attachments_.volume_grew(name, std::move(next)); }},
             [this, name, size, done = std::move(done)](const Status& status) {
               if (status) events_.add("volume_resized", {{"volume", name}, {"size", size}});
               done(status);

@@ -55,6 +55,7 @@ Status Daemon::check_passed_sockets(const NodeRecord& record) const {
 }
 
 Status Daemon::make_volume(const VolumeConfig& given, Volume::Origin origin) {
+  if (auto apart = attachments_.check_path(given.path); !apart) return apart;
   VolumeConfig config = given;
   const std::vector<PassedSocket>* const sockets = passed_.of_volume(config.name);
   config.passed.clear();
@@ -224,6 +225,16 @@ void Daemon::retry_volume(VolumeConfig config, Done done) {  // by value: it may
             });
 }
 
+Status Daemon::check_not_attached(const std::vector<std::string>& names) const {
+  for (const std::string& name : names) {
+    const std::string device = attachments_.device_of(name);
+    if (device.empty()) continue;
+    return fail(ErrorKind::Busy, "volume '{0}' is attached as {1} on this host; first: vmferry detach {0}", name,
+                device);
+  }
+  return {};
+}
+
 void Daemon::remove_volume(const std::string& name, Done done) {
   if (const auto* const sockets = passed_.of_volume(name); sockets != nullptr) {
     return done(
@@ -232,6 +243,7 @@ void Daemon::remove_volume(const std::string& name, Done done) {
              "it out of the .socket unit and restart vmferryd first",
              name, sockets->front().address.to_string()));
   }
+  if (Status free = check_not_attached({name}); !free) return done(free);
   if (failed_.contains(name)) return give_up_volume(name, std::move(done));
   const auto found = volume(name);
   if (!found) return done(tl::unexpected(found.error()));

@@ -20,6 +20,11 @@ void add_volumes(Daemon& daemon, MetricsText& out) {
   };
   for (const auto& [name, volume] : daemon.volumes()) failed(name, 0);
   for (const auto& [name, volume] : daemon.failed_volumes()) failed(name, 1);
+  for (const auto& [name, attachment] : daemon.state().record().attachments) {
+    out.gauge("vmferry_volume_attachment_connected", "1 where a block device of this host has its daemon.",
+              {{"volume", name}, {"device", attachment.device}},
+              daemon.attachments().to_json(name)["state"] == "connected" ? 1 : 0);
+  }
   for (const auto& [name, volume] : daemon.volumes()) {
     const NbdStats nbd = volume->nbd_stats();
     const VhostStats vhost = volume->vhost_stats();

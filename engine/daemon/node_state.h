@@ -40,9 +40,22 @@ struct GroupRecord {
   Ownership ownership{};
 };
 
+inline constexpr uint32_t kAttachConnectionsMax = 16;
+
+// A volume that is a block device of this host. Recorded before the kernel is told and until it has let go, so that a
+// restarted daemon finds every device that waits for it.
+struct AttachmentRecord {
+  std::string device;      // "/dev/nbd0"
+  std::string identifier;  // ours, kept by the kernel
+  uint32_t connections = 1;
+  uint32_t dead_timeout_s = 0;
+  uint32_t request_timeout_s = 0;
+};
+
 struct NodeRecord {
   Id128 node{};
   std::map<std::string, VolumeConfig> volumes;
+  std::map<std::string, AttachmentRecord> attachments;  // by volume
   std::map<Id128, GroupRecord> groups;
   Json peers = Json::array();  // PeerDirectory's own form
 };

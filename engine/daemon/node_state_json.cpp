@@ -241,6 +241,42 @@ Result<GroupRecord> group_from_json(const Json& value) {
   return group;
 }
 
+Json to_json(const std::string& volume, const AttachmentRecord& attachment) {
+  return {{"volume", volume},
+          {"device", attachment.device},
+          {"identifier", attachment.identifier},
+          {"connections", attachment.connections},
+          {"dead_timeout_s", attachment.dead_timeout_s},
+          {"request_timeout_s", attachment.request_timeout_s}};
+}
+
+uint32_t small_number(Fields& fields, const char* key) {
+  const uint64_t value = fields.number(key);
+  if (value > INT32_MAX) fields.problem(fmt::format("'{}' is {}", key, value));
+  return static_cast<uint32_t>(value & INT32_MAX);
+}
+
+Status take_attachment(const Json& value, NodeRecord& record) {
+  Fields fields(value, "attachment");
+  const std::string volume = fields.name("volume");
+  AttachmentRecord attachment;
+  attachment.device = fields.text("device");
+  attachment.identifier = fields.text("identifier");
+  attachment.connections = small_number(fields, "connections");
+  attachment.dead_timeout_s = small_number(fields, "dead_timeout_s");
+  attachment.request_timeout_s = small_number(fields, "request_timeout_s");
+  if (attachment.device.empty()) fields.problem("'device' is empty");
+  if (attachment.identifier.empty()) fields.problem("'identifier' is empty");
+  if (attachment.connections < 1 || attachment.connections > kAttachConnectionsMax) {
+    fields.problem(fmt::format("'connections' is {}", attachment.connections));
+  }
+  if (auto status = fields.status(); !status) return status;
+  if (!record.attachments.emplace(volume, std::move(attachment)).second) {
+    return fail(ErrorKind::Corrupt, "attachment: volume '{}' has two", volume);
+  }
+  return {};
+}
+
 }  // namespace
 
 Json to_json(const Ownership& o) {
@@ -292,11 +328,10 @@ Json to_json(const NodeRecord& record) {
   for (const auto& [name, volume] : record.volumes) volumes.push_back(to_json(volume));
   Json groups = Json::array();
   for (const auto& [id, group] : record.groups) groups.push_back(to_json(group));
-  return {{"format", 1U},
-          {"node", record.node.to_string()},
-          {"volumes", volumes},
-          {"groups", groups},
-          {"peers", record.peers}};
+  Json attachments = Json::array();
+  for (const auto& [volume, attachment] : record.attachments) attachments.push_back(to_json(volume, attachment));
+  return {{"format", 1U},     {"node", record.node.to_string()}, {"volumes", volumes},
+          {"groups", groups}, {"attachments", attachments},      {"peers", record.peers}};
 }
 
 Result<NodeRecord> node_record_from_json(const Json& value) {
@@ -320,6 +355,11 @@ Result<NodeRecord> node_record_from_json(const Json& value) {
       record.groups.emplace(group->id, std::move(*group));
     else
       fields.problem(group.error().text);
+  }
+  if (fields.has("attachments")) {  // younger than the format
+    const Json& attachments = fields.child("attachments");
+    if (!attachments.is_array()) fields.problem("'attachments' is not a list");
+    for (const Json& item : attachments) fields.take(take_attachment(item, record));
   }
   record.peers = fields.child("peers");
   if (auto status = fields.status(); !status) return tl::unexpected(status.error());

@@ -178,6 +178,7 @@ void start(Daemon& daemon, const RpcCallPtr& call) {
   for (const std::string& name : wish->volumes) {
     if (const auto served = daemon.volume(name); !served) return call->error(served.error());
   }
+  if (const Status free = daemon.check_not_attached(wish->volumes); !free) return call->error(free.error());
   gather_preflight(daemon,
                    {.volumes = wish->volumes,
                     .peer = wish->peer,

@@ -128,7 +128,11 @@ void add_role_methods(RpcServer& server, Daemon& daemon) {
     });
   });
   server.add_method("demote", [&daemon](const RpcCallPtr& call) {
-    with_group(daemon, call, [&](Group& group) { group.coordinator().demote(answer(daemon, call)); });
+    with_group(daemon, call, [&](Group& group) {
+      if (const Status free = daemon.check_not_attached(group.record().members); !free)
+        return call->error(free.error());
+      group.coordinator().demote(answer(daemon, call));
+    });
   });
   server.add_method("resolve", [&daemon](const RpcCallPtr& call) { resolve(daemon, call); });
 }

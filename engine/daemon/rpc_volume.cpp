@@ -18,6 +18,7 @@ Json volume_json(Daemon& daemon, Volume& volume) {
              {"description", volume.config().description},
              {"qmp", volume.config().qmp},
              {"dirty_bytes", volume.device().dirty_bytes()}};
+  value["attachment"] = daemon.attachments().to_json(volume.name());
   const NbdStats nbd = volume.nbd_stats();
   const VhostStats vhost = volume.vhost_stats();
   value["connections"] = nbd.connections + vhost.connections;
@@ -59,7 +60,8 @@ Json failed_json(Daemon& daemon, const std::string& name, const FailedVolume& fa
              {"description", failed.config.description},
              {"qmp", failed.config.qmp},
              {"role", failed.config.secondary ? "secondary" : "primary"},
-             {"term", 0}};
+             {"term", 0},
+             {"attachment", daemon.attachments().to_json(name)}};
   if (const GroupRecord* const group = find_group_of(daemon.state().record(), name); group != nullptr) {
     value["role"] = std::string(to_string(group->ownership.role));
     value["term"] = group->ownership.term;

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "engine/base/assert.h"
 #include "engine/base/hash.h"
 #include "engine/base/log.h"
 #include "engine/runtime/steps.h"
@@ -139,7 +140,9 @@ void Volume::open(Done done) {
 
 Status Volume::serve() {
   if (Status served = serve_nbd(); !served) return served;
-  return serve_vhost();
+  if (Status served = serve_vhost(); !served) return served;
+  serving_ = true;
+  return {};
 }
 
 Result<ListenOptions> Volume::listen_options() const {
@@ -186,6 +189,55 @@ NbdTls Volume::nbd_tls() const {
   return {};
 }
 
+NbdExport Volume::nbd_export() {
+  return {.name = config_.name,
+          .description =
+              config_.description.empty() ? fmt::format("vmferry volume {}", config_.name) : config_.description,
+          .device = device_.get(),
+          .clients = device_.get(),
+          .read_only = config_.read_only};
+}
+
+NbdServer& Volume::kernel_export() {
+  VF_ASSERT(serving_);
+  if (kernel_server_ != nullptr) return *kernel_server_;
+  NbdLimits limits;
+  limits.drain_unanswered = true;  // the kernel sends them again
+  limits.drop_requests_of_gone_clients = true;
+  kernel_server_ = std::make_unique<NbdServer>(reactor_, limits);
+  const Status added = kernel_server_->add_export(nbd_export());
+  VF_ASSERT(added.has_value());  // the only one there, and every volume's name is one that NBD can carry
+  return *kernel_server_;
+}
+
+void Volume::close_kernel_export(std::function<void()> done) {
+  if (kernel_server_ == nullptr) return reactor_.post(std::move(done));
+  kernel_server_->drain([this, done = std::move(done)] {
+    reactor_.post([this, done] {  // later, because the server is on the stack
+      kernel_server_.reset();
+      done();
+    });
+  });
+}
+
+NbdStats Volume::nbd_stats() const {
+  NbdStats sum;
+  for (const NbdServer* server : {server_.get(), kernel_server_.get()}) {
+    if (server == nullptr) continue;
+    const NbdStats stats = server->stats();
+    sum.connections += stats.connections;
+    sum.handshakes += stats.handshakes;
+    sum.connections_total += stats.connections_total;
+    sum.refused_total += stats.refused_total;
+    sum.requests_total += stats.requests_total;
+    sum.errors_total += stats.errors_total;
+    sum.read_bytes_total += stats.read_bytes_total;
+    sum.written_bytes_total += stats.written_bytes_total;
+    sum.inflight_bytes += stats.inflight_bytes;
+  }
+  return sum;
+}
+
 Status Volume::serve_nbd() {
   if (config_.nbd_addresses().empty()) return {};
   if (auto safe = check_nbd_tls(nbd_.tls, config_); !safe) return safe;
@@ -195,16 +247,10 @@ Status Volume::serve_nbd() {
   limits.connections_max = nbd_.limits.connections;
   limits.handshake_time_max = nbd_.limits.handshake_timeout;
   server_ = std::make_unique<NbdServer>(reactor_, limits, nbd_tls());
-  if (auto added = server_->add_export({.name = config_.name,
-                                        .description = config_.description.empty()
-                                                           ? fmt::format("vmferry volume {}", config_.name)
-                                                           : config_.description,
-                                        .device = device_.get(),
-                                        .clients = device_.get(),
-                                        .read_only = config_.read_only,
-                                        .status = dirty_contexts_.get(),
-                                        .tls_allow = config_.tls_allow});
-      !added) {
+  NbdExport settings = nbd_export();
+  settings.status = dirty_contexts_.get();
+  settings.tls_allow = config_.tls_allow;
+  if (auto added = server_->add_export(settings); !added) {
     return fail_with(added.error(), fmt::format("volume '{}'", config_.name));
   }
   return listen_nbd();
@@ -232,9 +278,11 @@ Status Volume::listen_nbd() {
 }
 
 void Volume::stop_serving(std::function<void()> done) {
+  serving_ = false;
   listeners_.clear();
   vhost_listener_.reset();
-  if (server_ == nullptr && vhost_ == nullptr) return reactor_.post(std::move(done));
+  if (server_ == nullptr && vhost_ == nullptr && kernel_server_ == nullptr) return reactor_.post(std::move(done));
+  if (kernel_server_ != nullptr) kernel_server_->drain([] {});  // begun before parked writes fail, below
   run_steps({[this](StepDone next) {
                if (server_ == nullptr) return next({});
                server_->drain([next] { next({}); });
@@ -242,7 +290,8 @@ void Volume::stop_serving(std::function<void()> done) {
              [this](StepDone next) {
                if (vhost_ == nullptr) return next({});
                vhost_->drain([next] { next({}); });
-             }},
+             },
+             [this](StepDone next) { close_kernel_export([next] { next({}); }); }},
             [this, done = std::move(done)](const Status&) {
               // Later, because a server is on the stack.
               reactor_.post([this, done] {

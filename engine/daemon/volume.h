@@ -52,6 +52,13 @@ class Volume {
 
   void open(Done done);
   Status serve();  // starts the exports that were configured
+  bool serving() const { return serving_; }
+  // The export for the kernel of this host: no listener, only sockets that are made here. Made on first use, while
+  // serving(); ends with stop_serving() or close_kernel_export().
+  NbdServer& kernel_export();
+  void close_kernel_export(std::function<void()> done);
+  // Sockets of the kernel that are alive, as far as this side knows.
+  uint64_t kernel_connections() const { return kernel_server_ != nullptr ? kernel_server_->stats().connections : 0; }
   void stop_serving(std::function<void()> done);
   void close(Done done);  // after stop_serving(): drains, saves dirty state; also when open() failed
   // Grows tracking, then the file. The peer has grown before.
@@ -62,7 +69,7 @@ class Volume {
   TrackedDevice& device() { return *device_; }
   const FileStore& store() const { return *store_; }
   std::vector<std::string> export_uris() const;
-  NbdStats nbd_stats() const { return server_ != nullptr ? server_->stats() : NbdStats{}; }
+  NbdStats nbd_stats() const;  // of the export and the kernel's together
   VhostStats vhost_stats() const { return vhost_ != nullptr ? vhost_->stats() : VhostStats{}; }
   uint64_t connections() const { return nbd_stats().connections + vhost_stats().connections; }
 
@@ -76,6 +83,7 @@ class Volume {
   Result<ListenOptions> listen_options() const;
   Status listen_nbd();
   NbdTls nbd_tls() const;
+  NbdExport nbd_export();
 
   Reactor& reactor_;
   VolumeConfig config_;
@@ -88,7 +96,9 @@ class Volume {
   std::unique_ptr<DirtyContexts> dirty_contexts_;
   std::vector<std::string> made_files_;
   bool opened_ = false;
+  bool serving_ = false;
   std::unique_ptr<NbdServer> server_;
+  std::unique_ptr<NbdServer> kernel_server_;
   std::vector<std::unique_ptr<Listener>> listeners_;
   std::unique_ptr<VhostServer> vhost_;
   std::unique_ptr<Listener> vhost_listener_;

@@ -22,6 +22,7 @@ void add_volume_commands(CLI::App& app, Context& context);
 void add_peer_commands(CLI::App& app, Context& context);
 void add_replicate_commands(CLI::App& app, Context& context);
 void add_migrate_commands(CLI::App& app, Context& context);  // migrate, estimate
+void add_attach_commands(CLI::App& app, Context& context);   // attach, detach
 void add_role_commands(CLI::App& app, Context& context);     // promote, demote, resolve, status, events
 
 // Prints the error (as JSON with --json) and returns the exit status that it means.

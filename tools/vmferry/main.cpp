@@ -32,6 +32,7 @@ int main(int argc, char** argv) {
   add_replicate_commands(app, context);
   add_migrate_commands(app, context);
   add_role_commands(app, context);
+  add_attach_commands(app, context);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

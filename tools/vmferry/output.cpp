@@ -85,6 +85,12 @@ void print_volumes(const Json& volumes) {
   }
   print_table({"NAME", "STATE", "SIZE", "ROLE", "TERM", "PATH", "EXPORTS"}, rows);
   for (const Json& volume : volumes) {
+    if (volume.contains("attachment") && volume["attachment"].is_object()) {
+      const Json& attachment = volume["attachment"];
+      const std::string error = attachment["error"].is_string() ? ": " + cell(attachment, "error") : "";
+      std::printf("volume '%s' is attached as %s, %s%s\n", cell(volume, "name").c_str(),
+                  cell(attachment, "device").c_str(), cell(attachment, "state").c_str(), error.c_str());
+    }
     if (volume.contains("error")) {
       std::printf("volume '%s' has failed: %s\n", cell(volume, "name").c_str(), cell(volume, "error").c_str());
     }

@@ -34,6 +34,11 @@ NodeRecord sample() {
   group.ownership.qemu = {.pid = 42, .start_time = 99, .boot_id = "b"};
   group.ownership.reason = "because";
   record.groups[group.id] = group;
+  record.attachments["vda"] = {.device = "/dev/nbd3",
+                               .identifier = "vmferry:1",
+                               .connections = 4,
+                               .dead_timeout_s = 300,
+                               .request_timeout_s = 30};
   return record;
 }
 
@@ -69,6 +74,33 @@ TEST(NodeState, EveryMissingOrWrongFieldIsRefused) {
   newer["format"] = 2;
   EXPECT_FALSE(node_record_from_json(newer));
   EXPECT_FALSE(node_record_from_json(Json::array()));
+}
+
+// A daemon that was updated must still start: its state knows no attachments.
+TEST(NodeState, ARecordFromBeforeAttachmentsIsRead) {
+  Json older = to_json(sample());
+  older.erase("attachments");
+  const auto read = node_record_from_json(older);
+  ASSERT_TRUE(read) << read.error().text;
+  EXPECT_TRUE(read->attachments.empty());
+}
+
+// An attachment without an identifier would take any device of an old kernel for its own.
+TEST(NodeState, AttachmentsOutOfRangeAreRefused) {
+  const auto with = [](const char* key, Json value) {
+    Json broken = to_json(sample());
+    broken["attachments"][0][key] = std::move(value);
+    return node_record_from_json(broken).has_value();
+  };
+  EXPECT_TRUE(with("connections", 16U));
+  EXPECT_FALSE(with("connections", 17U));
+  EXPECT_FALSE(with("connections", 0U));
+  EXPECT_FALSE(with("identifier", ""));
+  EXPECT_FALSE(with("device", ""));
+  EXPECT_FALSE(with("dead_timeout_s", uint64_t{1} << 32));
+  Json twice = to_json(sample());
+  twice["attachments"].push_back(twice["attachments"][0]);
+  EXPECT_FALSE(node_record_from_json(twice));
 }
 
 // The coordinator saves in the middle of a transition; an answer inside the call would begin the next one in it.
