@@ -190,12 +190,12 @@ NbdTls Volume::nbd_tls() const {
 }
 
 NbdExport Volume::nbd_export() {
-  return {.name = config_.name,
-          .description =
-              config_.description.empty() ? fmt::format("vmferry volume {}", config_.name) : config_.description,
-          .device = device_.get(),
-          .clients = device_.get(),
-          .read_only = config_.read_only};
+  return {
+      .name = config_.name,
+      .description = config_.description.empty() ? fmt::format("vmferry volume {}", config_.name) : config_.description,
+      .device = device_.get(),
+      .clients = device_.get(),
+      .read_only = config_.read_only};
 }
 
 NbdServer& Volume::kernel_export() {

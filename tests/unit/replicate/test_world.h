@@ -101,7 +101,7 @@ class TestChannel final : public GroupChannel {
 
   TestLink* link = nullptr;
   TestChannel* other = nullptr;
-  uint64_t features = kFeaturesKnown;  // of both sides
+  uint64_t features = kFeaturesKnown;                      // of both sides
   std::function<void(MessageType, const Bytes&)> deliver;  // at this end
   std::function<void(TrafficClass)> writable;
   uint64_t queued[kTrafficClassCount] = {};
