@@ -17,6 +17,7 @@
 
 #include "blockdev/block_device.h"
 #include "blockdev/log_limit.h"
+#include "engine/runtime/folder.h"
 #include "engine/runtime/io_backend.h"
 #include "engine/runtime/unique_fd.h"
 
@@ -35,6 +36,8 @@ struct FileStoreOptions {
   // How long to wait, blocking, for the lock of the file. The kernel ends the requests of a killed process after the
   // process itself: while one can still write, it holds the lock. For the start of a daemon only.
   Nanoseconds lock_wait{};
+  // The path is a name in this folder, and no link is followed; nullptr: a path as any other. For open() only.
+  const Folder* folder = nullptr;
 };
 
 constexpr Nanoseconds kLockWaitAtStart = 3 * kSecond;
@@ -76,15 +79,16 @@ class FileStore final : public BlockDevice {
 
  private:
   class Op;
+  class Place;
   struct Bounce;
   friend class Op;
 
   FileStore(Reactor& reactor, std::string path);
-  Status open_file(const FileStoreOptions& options);
-  Status create_file(uint64_t size);
+  Status open_file(const Place& place, const FileStoreOptions& options);
+  Status create_file(const Place& place, uint64_t size);
   Status lock_file(Nanoseconds wait);
   Status find_alignment();
-  void find_zeroing(bool read_only);
+  void find_zeroing(const Place& place, bool read_only);
 
   Op& take_op();
   void give_back(Op& op);

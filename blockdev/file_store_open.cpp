@@ -37,6 +37,44 @@ bool device_can_zero(dev_t device) {
 
 }  // namespace
 
+// Where the file is: at any path, or in a folder that it cannot leave.
+class FileStore::Place {
+ public:
+  Place(const Folder* folder, const std::string& path) : folder_(folder), path_(path) {}
+
+  std::string text() const { return folder_ != nullptr ? folder_->path_of(path_) : path_; }
+  UniqueFd open(int flags, mode_t mode = 0) const {
+    return folder_ != nullptr ? folder_->open_file(path_, flags, mode) : UniqueFd(::open(path_.c_str(), flags, mode));
+  }
+  UniqueFd open_parent(int flags, mode_t mode = 0) const {
+    if (folder_ != nullptr) return folder_->open_file(".", flags, mode);
+    const std::string parent = std::filesystem::path(path_).parent_path().string();
+    return UniqueFd(::open(parent.empty() ? "." : parent.c_str(), flags, mode));
+  }
+  bool look(struct stat& info) const {  // errno is set when it cannot
+    if (folder_ == nullptr) return ::stat(path_.c_str(), &info) == 0;
+    const UniqueFd fd = open(O_PATH | O_CLOEXEC);
+    return fd.valid() && ::fstat(fd.get(), &info) == 0;
+  }
+  std::string why_not(Errno error) const {  // for messages
+    if (folder_ != nullptr && error == ELOOP)
+      return "there is a symbolic link in its place, which is not followed; remove it";
+    if (folder_ != nullptr && error == EXDEV) return "it leads out of its folder";
+    return errno_text(error);
+  }
+  void remove() const {
+    if (folder_ == nullptr) {
+      ::unlink(path_.c_str());
+    } else if (const Status removed = folder_->remove(path_); !removed) {
+      log::warn("{}", removed.error().text);
+    }
+  }
+
+ private:
+  const Folder* const folder_;
+  const std::string& path_;
+};
+
 Result<std::unique_ptr<FileStore>> FileStore::open(Reactor& reactor, const std::string& path,
                                                    const FileStoreOptions& options) {
   auto backend = make_io_backend(reactor, options.aio);
@@ -47,27 +85,30 @@ Result<std::unique_ptr<FileStore>> FileStore::open(Reactor& reactor, const std::
 Result<std::unique_ptr<FileStore>> FileStore::open(Reactor& reactor, const std::string& path,
                                                    const FileStoreOptions& options,
                                                    std::unique_ptr<IoBackend> backend) {
-  std::unique_ptr<FileStore> store(new FileStore(reactor, path));
+  const Place place(options.folder, path);
+  std::unique_ptr<FileStore> store(new FileStore(reactor, place.text()));
   store->backend_ = std::move(backend);
-  if (Status status = store->open_file(options); !status) {
-    if (store->created_) ::unlink(path.c_str());  // empty, and nobody asked for half a volume
+  if (Status status = store->open_file(place, options); !status) {
+    if (store->created_) place.remove();  // empty, and nobody asked for half a volume
     return tl::unexpected(status.error());
   }
-  log::info("store={} size_bytes={} aio={} cache={} block_bytes={} punch={} zero_range={}", path, store->size_,
+  log::info("store={} size_bytes={} aio={} cache={} block_bytes={} punch={} zero_range={}", store->path_, store->size_,
             store->aio_name(), options.cache == CacheMode::None ? "none" : "writeback", store->align_,
             store->can_punch_, store->can_zero_range_);
   return store;
 }
 
-Status FileStore::open_file(const FileStoreOptions& options) {
+Status FileStore::open_file(const Place& place, const FileStoreOptions& options) {
   struct stat info {};
   read_only_ = options.read_only;
   direct_ = options.cache == CacheMode::None;
-  if (::stat(path_.c_str(), &info) != 0) {
-    if (errno != ENOENT || !options.create_size || options.must_exist || read_only_)
-      return fail(errno == ENOENT ? ErrorKind::NotFound : ErrorKind::Denied, "open '{}': {}", path_, errno_text(errno));
-    if (Status status = create_file(*options.create_size); !status) return status;
-    if (::stat(path_.c_str(), &info) != 0) return fail(ErrorKind::Io, "'{}': {}", path_, errno_text(errno));
+  if (!place.look(info)) {
+    const Errno error = errno;
+    if (error != ENOENT || !options.create_size || options.must_exist || read_only_)
+      return fail(error == ENOENT ? ErrorKind::NotFound : ErrorKind::Denied, "open '{}': {}", path_,
+                  place.why_not(error));
+    if (Status status = create_file(place, *options.create_size); !status) return status;
+    if (!place.look(info)) return fail(ErrorKind::Io, "'{}': {}", path_, errno_text(errno));
   }
   if (!S_ISREG(info.st_mode) && !S_ISBLK(info.st_mode))
     return fail(ErrorKind::InvalidArgument, "'{}' is neither a regular file nor a block device", path_);
@@ -75,12 +116,12 @@ Status FileStore::open_file(const FileStoreOptions& options) {
 
   // O_EXCL on a block device: not while it is mounted or part of another device.
   const int flags = O_CLOEXEC | (read_only_ ? O_RDONLY : O_RDWR) | (is_device_ && !read_only_ ? O_EXCL : 0);
-  fd_.reset(::open(path_.c_str(), flags | (direct_ ? O_DIRECT : 0)));
+  fd_ = place.open(flags | (direct_ ? O_DIRECT : 0));
   if (!fd_.valid()) {
     if (errno == EINVAL && direct_)
       return fail(ErrorKind::InvalidArgument, "'{}': its file system has no O_DIRECT; use cache=writeback", path_);
     if (errno == EBUSY) return fail(ErrorKind::Busy, "'{}' is in use: mounted, or part of another device", path_);
-    return fail(ErrorKind::Denied, "open '{}': {}", path_, errno_text(errno));
+    return fail(ErrorKind::Denied, "open '{}': {}", path_, place.why_not(errno));
   }
   if (Status status = lock_file(options.lock_wait); !status) return status;
   if (is_device_) {
@@ -98,23 +139,22 @@ Status FileStore::open_file(const FileStoreOptions& options) {
     if (!buffered_.valid()) return fail(ErrorKind::Denied, "open '{}' again: {}", path_, errno_text(errno));
   }
   if (Status status = find_alignment(); !status) return status;
-  find_zeroing(read_only_);
+  find_zeroing(place, read_only_);
   limits_.block_size_min = align_;
   limits_.can_punch = can_punch_;
   limits_.can_fast_zero = can_punch_ || (can_zero_range_ && !is_device_);
   return {};
 }
 
-Status FileStore::create_file(uint64_t size) {
-  const UniqueFd fd(::open(path_.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600));
+Status FileStore::create_file(const Place& place, uint64_t size) {
+  const UniqueFd fd = place.open(O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
   if (!fd.valid()) return fail(ErrorKind::Denied, "create '{}': {}", path_, errno_text(errno));
   // The name must be durable too: a clean record of a volume whose file is gone after a crash helps nobody.
-  const std::string folder = std::filesystem::path(path_).parent_path().string();
-  const UniqueFd folder_fd(::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  const UniqueFd folder_fd = place.open_parent(O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (::ftruncate(fd.get(), static_cast<off_t>(size)) != 0 || ::fsync(fd.get()) != 0 || !folder_fd.valid() ||
       ::fsync(folder_fd.get()) != 0) {
     const Errno error = errno;
-    ::unlink(path_.c_str());
+    place.remove();
     return fail(ErrorKind::Io, "create '{}' of {} bytes: {}", path_, size, errno_text(error));
   }
   created_ = true;
@@ -167,7 +207,7 @@ Status FileStore::find_alignment() {
   return {};
 }
 
-void FileStore::find_zeroing(bool read_only) {
+void FileStore::find_zeroing(const Place& place, bool read_only) {
   if (read_only) return;
   if (is_device_) {
     struct stat info {};
@@ -177,8 +217,7 @@ void FileStore::find_zeroing(bool read_only) {
   }
   // Tried on a nameless file beside it: on the file itself even a call without effect would change its modification
   // stamp, and with it the proof that nobody wrote since the clean stop. Without a verdict the first use decides.
-  const std::string parent = std::filesystem::path(path_).parent_path().string();
-  const UniqueFd probe(::open(parent.empty() ? "." : parent.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+  const UniqueFd probe = place.open_parent(O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
   const auto works = [&](int mode) {
     return !probe.valid() || ::fallocate(probe.get(), mode | FALLOC_FL_KEEP_SIZE, 0, 4096) == 0 ||
            (errno != EOPNOTSUPP && errno != ENOSYS);

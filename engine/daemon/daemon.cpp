@@ -113,6 +113,9 @@ Status Daemon::lock_state_dir() {
   if (flock(state_lock_.get(), LOCK_EX | LOCK_NB) != 0) {
     return fail(ErrorKind::Busy, "state folder '{}' is in use by another vmferryd", config_.state_dir);
   }
+  auto groups = Folder::open(path_in_state("groups"));
+  if (!groups) return tl::unexpected(groups.error());
+  groups_folder_ = std::move(*groups);
   return {};
 }
 

@@ -27,6 +27,7 @@
 #include "engine/daemon/volume.h"
 #include "engine/replicate/peer_service.h"
 #include "engine/replicate/socket_dialer.h"
+#include "engine/runtime/folder.h"
 #include "engine/runtime/reactor.h"
 #include "engine/runtime/steps.h"
 
@@ -136,7 +137,7 @@ class Daemon final : private PeerServiceHandler {
   void group_lost(const GroupRecord& record, const Error& error);
   void reopen_lost_groups();
   std::string why_without_group(const std::string& volume) const;
-  std::string path_of_staging(const Id128& id) const;
+  static std::string name_of_staging(const Id128& id);  // in the folder `groups`
   Status hand_over_staging(const Id128& from, const Id128& to);
   void delete_staging(const Id128& id);
 
@@ -155,6 +156,7 @@ class Daemon final : private PeerServiceHandler {
   const PassedSockets passed_;
   EventLog events_;
   UniqueFd state_lock_;
+  Folder groups_folder_;  // of the state folder; what a peer makes us create is in it
   std::unique_ptr<FileStore> state_file_;
   std::unique_ptr<NodeState> state_;
   std::unique_ptr<TlsIdentity> identity_;

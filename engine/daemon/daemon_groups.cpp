@@ -3,7 +3,6 @@
 // Groups of a daemon: made for new volumes, merged when volumes are first named together, offered by a peer, and
 // connected to their peer's link.
 #include <algorithm>
-#include <filesystem>
 #include <set>
 #include <utility>
 
@@ -76,12 +75,11 @@ void Daemon::open_group(const GroupRecord& record, Done done) {
     if (!found) return done(tl::unexpected(found.error()));
     volumes.push_back({name, &(*found)->device()});
   }
-  const std::string path = path_in_state("groups/" + record.id.to_string() + ".staging");
-  FileStoreOptions file_options{.lock_wait = kLockWaitAtStart};
-  std::error_code ignored;
+  const std::string name = name_of_staging(record.id);
+  FileStoreOptions file_options{.lock_wait = kLockWaitAtStart, .folder = &groups_folder_};
   const uint64_t needed = staging_size(volumes);
-  if (!std::filesystem::exists(path, ignored)) file_options.create_size = needed;
-  auto staging = FileStore::open(reactor_, path, file_options);
+  if (!groups_folder_.holds(name)) file_options.create_size = needed;
+  auto staging = FileStore::open(reactor_, name, file_options);
   if (!staging) return done(fail_with(staging.error(), "staging area"));
 
   GroupSlot& slot = groups_[record.id];

@@ -6,7 +6,6 @@
 // wait. What the daemon knows about the copies (ReplicaState, in the staging file) goes with a group whose members stay
 // the same, so that the same peer's copy is still known as one.
 #include <algorithm>
-#include <filesystem>
 #include <utility>
 
 #include "engine/base/log.h"
@@ -40,20 +39,21 @@ void Daemon::close_groups(const std::vector<Id128>& ids, Done done) {
   run_steps(std::move(steps), std::move(done));
 }
 
-std::string Daemon::path_of_staging(const Id128& id) const {
-  return path_in_state("groups/" + id.to_string() + ".staging");
+// Its name comes from a peer when the group does: it is one in our folder, whatever is there (design section 10).
+std::string Daemon::name_of_staging(const Id128& id) {
+  return id.to_string() + ".staging";
 }
 
 void Daemon::delete_staging(const Id128& id) {
-  std::error_code ignored;
-  std::filesystem::remove(path_of_staging(id), ignored);
+  if (const Status removed = groups_folder_.remove(name_of_staging(id)); !removed) {
+    log::warn("staging area: {}", removed.error().text);
+  }
 }
 
 // A second name, so that a crash before the new group is recorded finds the old one complete.
 Status Daemon::hand_over_staging(const Id128& from, const Id128& to) {
-  std::error_code error;
-  std::filesystem::create_hard_link(path_of_staging(from), path_of_staging(to), error);
-  if (error) return fail(ErrorKind::Io, "staging area '{}': {}", path_of_staging(to), errno_text(error.value()));
+  const Status linked = groups_folder_.link(name_of_staging(from), name_of_staging(to));
+  if (!linked) return fail_with(linked.error(), "staging area");
   return {};
 }
 

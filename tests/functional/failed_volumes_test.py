@@ -231,6 +231,59 @@ class FailedVolumes(DaemonCase):
                         path.rmdir() if path.is_dir() else path.unlink()
 
 
+class StagingArea(FailedVolumes):
+    """groups/ID.staging: made on behalf of a peer, whose group it is."""
+
+    def staging(self, daemon):
+        found = list((daemon.state_dir / "groups").glob("*.staging"))
+        self.assertEqual(len(found), 1, found)
+        return found[0]
+
+    def test_a_link_in_its_place_is_refused_and_its_target_stays_as_it_was(self):
+        # Followed, it would have the daemon write a peer's data over whatever file of the host the link names.
+        a, b = self.two_daemons(8 * MIB, data=MIB)
+        a.vmferry("replicate", "start", "vda", "--peer", "b")
+        self.in_sync(a)
+        self.assertEqual(b.stop(), 0)
+        staging = self.staging(b)
+        # What it leads to would be a good staging area: only that it is a link speaks against it.
+        elsewhere = staging.rename(self.path("elsewhere"))
+        before = digest(elsewhere)
+        staging.symlink_to(elsewhere)
+        b.start()
+        self.failed(b, "vda", str(staging), "symbolic link", "remove it")
+        self.assertEqual((digest(elsewhere), b.volume_status("vda")["may_run"]), (before, False))
+        # A link to nothing makes nothing.
+        self.assertEqual(b.stop(), 0)
+        elsewhere.rename(self.path("away"))
+        b.start()
+        self.failed(b, "vda", str(staging), "symbolic link")
+        self.assertFalse(elsewhere.exists())
+        # Given up and begun anew, the link goes and what it led to stays.
+        self.path("away").rename(elsewhere)
+        b.vmferry("volume", "remove", "vda")
+        self.assertFalse(staging.is_symlink())
+        self.assertEqual(digest(elsewhere), before)
+
+    def test_a_link_that_is_put_there_while_the_daemon_runs_is_neither_followed_nor_passed_on(self):
+        # A change of the group gives the staging area a second name: of the link, not of what it leads to.
+        a, b = self.two_daemons(8 * MIB, data=MIB)
+        a.vmferry("replicate", "start", "vda", "--peer", "b")
+        self.in_sync(a)
+        staging = self.staging(b)
+        elsewhere = staging.rename(self.path("elsewhere"))
+        staging.symlink_to(elsewhere)
+        links = os.stat(elsewhere).st_nlink
+        error = self.refused(b, "replicate", "stop", "vda")
+        self.assertIn("symbolic link", error)
+        self.assertEqual(os.stat(elsewhere).st_nlink, links)
+        # Back in its place, all goes on as before.
+        staging.unlink()
+        elsewhere.rename(staging)
+        wait_until(lambda: b.volume_status("vda").get("state") == "ready" and b.replication("vda")["state"] == "in-sync",
+                   20, "the copy is taken back")
+
+
 if __name__ == "__main__":
     os.environ.pop("VMFERRY_CONTROL", None)
     unittest.main(verbosity=2)

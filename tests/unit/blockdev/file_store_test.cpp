@@ -267,6 +267,41 @@ TEST_P(FileStoreTest, FailureInTheMiddleOfAWriteIsReported) {
   EXPECT_FALSE(log_lines.empty());
 }
 
+// The name of a staging area comes from a peer, and a copy in the state folder may have been put there by anybody: what
+// a link leads to is neither served nor made nor changed.
+TEST_P(FileStoreTest, InAFolderNoLinkIsFollowed) {
+  std::filesystem::create_directory(folder + "/groups");
+  auto groups = Folder::open(folder + "/groups");
+  ASSERT_TRUE(groups.has_value());
+  FileStoreOptions in_folder = options(1_MiB);
+  in_folder.folder = &*groups;
+  std::filesystem::create_symlink(folder + "/made", folder + "/groups/dangling");
+  open(options(1_MiB));
+  ASSERT_EQ(write(0, pattern(4096, 1)), 0);
+  store.reset();
+  std::filesystem::create_symlink(file(), folder + "/groups/link");
+  for (const char* name : {"link", "dangling", "../disk", "../made"}) {
+    const auto opened = FileStore::open(*reactor, name, in_folder);
+    ASSERT_FALSE(opened.has_value()) << name;
+    EXPECT_NE(opened.error().text.find(folder + "/groups/" + name), std::string::npos) << opened.error().text;
+    const bool leads_out = std::string_view(name).starts_with("..");
+    const char* const reason = leads_out ? "out of its folder" : "symbolic link";
+    EXPECT_NE(opened.error().text.find(reason), std::string::npos) << opened.error().text;
+  }
+  EXPECT_FALSE(std::filesystem::exists(folder + "/made"));
+  open(options(1_MiB));
+  EXPECT_TRUE(content(0, 4096) == pattern(4096, 1));
+  store.reset();
+
+  auto own = FileStore::open(*reactor, "own", in_folder);
+  ASSERT_TRUE(own.has_value()) << own.error().text;
+  EXPECT_TRUE((*own)->created());
+  store = std::move(*own);
+  EXPECT_EQ(write(8192, pattern(4096, 2)), 0);
+  EXPECT_TRUE(content(8192, 4096) == pattern(4096, 2));
+  EXPECT_EQ(std::filesystem::file_size(folder + "/groups/own"), 1_MiB);
+}
+
 TEST_P(FileStoreTest, SecondOpenIsRefusedByName) {
   open(options(1_MiB));
   auto second = FileStore::open(*reactor, file(), options());
