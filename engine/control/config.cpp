@@ -142,6 +142,10 @@ void apply_setting(std::string_view key, std::string_view value, const std::stri
     if (value.empty()) problem("nbd-tls-psk is empty: it names a file");
   } else if (key == "nbd-connections" || key == "nbd-handshake-timeout") {
     if (std::string text = set_nbd_limit(key, value, config.nbd_limits); !text.empty()) problem(std::move(text));
+  } else if (key == "on-running") {
+    config.on_running = value;
+    if (!value.starts_with('/') || value.find('\0') != std::string_view::npos)
+      problem(fmt::format("on-running '{}' is not the absolute path of a program", value));
   } else if (key == "log-level") {
     const auto level = log::parse_level(value);
     if (!level)
@@ -151,7 +155,8 @@ void apply_setting(std::string_view key, std::string_view value, const std::stri
   } else {
     problem(
         fmt::format("unknown key '{}'; known are state-dir, control, listen, metrics, nbd-tls, nbd-tls-certificates, "
-                    "nbd-tls-psk, nbd-connections, nbd-handshake-timeout, log-level, volume",
+                    "nbd-tls-psk, nbd-connections, nbd-handshake-timeout, "
+                    "on-running, log-level, volume",
                     key));
   }
 }

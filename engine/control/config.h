@@ -77,6 +77,7 @@ struct DaemonConfig {
   std::optional<Endpoint> metrics;
   NbdTlsConfig nbd_tls{};
   NbdExportLimits nbd_limits{};
+  std::string on_running;  // program that is run when a guest has arrived here; "" when none
   log::Level log_level = log::Level::Info;
   std::vector<VolumeConfig> volumes;
   ConfigPlaces places{};
@@ -120,6 +121,10 @@ void apply_toml(std::string_view text, const std::string& name, DaemonConfig& co
 // Looks at what the configuration names on disk, as this user, and changes nothing: for --check-config. A start does
 // not ask: there each volume fails for itself. See config_files.cpp.
 void check_files(const DaemonConfig& config, std::vector<ConfigProblem>& problems);
+
+// Whether the daemon may run this program: a file that root or the daemon's user owns and nobody else can change, nor
+// put another in its place. "" is fine. hook_file.cpp
+Status check_hook(const std::string& path);
 
 // `base` with the settings on top that were given in `given`.
 VolumeConfig with_settings(VolumeConfig base, const VolumeConfig& given);

@@ -51,6 +51,9 @@ class FileCheck {
   void run() {
     check_state_dir();
     check_socket(config_.control_path, "control", place_of(config_.places, {"control", "state-dir"}));
+    if (const Status safe = check_hook(config_.on_running); !safe) {
+      problem(place_of(config_.places, {"on-running"}), fmt::format("on-running: {}", safe.error().text));
+    }
     for (const VolumeConfig& volume : config_.volumes) {
       if (volume.nbd && volume.nbd->is_unix) check_socket(volume.nbd->path, "nbd", place_of(volume.places, {"nbd"}));
       check_socket(volume.vhost_user_blk, "vhost-user-blk", place_of(volume.places, {"vhost-user-blk"}));

@@ -57,6 +57,8 @@ ConfigOutcome load_config(const std::vector<std::string>& arguments, const Passe
   option("nbd-tls-psk", "FILE", "pre-shared keys: lines of USER:HEXKEY");
   option("nbd-connections", "N", "clients of each NBD export at once, 1 to 65535 (default: 1024)");
   option("nbd-handshake-timeout", "TIME", "until an NBD client has to be in business, 1s to 10m (default: 10s)");
+  option("on-running", "PROGRAM",
+         "is run here when a guest has arrived and runs: DNS, leases, routes (docs/operations.md)");
   option("log-level", "LEVEL", "debug, info (default), warn or error");
   app.add_option("--volume", volumes,
                  "name=NAME,path=FILE[,size=SIZE][,role=primary|secondary][,nbd=unix:PATH|tcp:HOST:PORT]"

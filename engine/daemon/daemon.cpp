@@ -87,6 +87,7 @@ void Daemon::start(Done done) {
                     {{"version", VMFERRY_VERSION}, {"volumes", volumes_.size()}, {"failed_volumes", failed_.size()}});
                 watch_replication_states();
                 attachments_.start();
+                hooks_->resume();
                 sd_notify(0, "READY=1");
               }
               done(status);
@@ -97,6 +98,7 @@ Status Daemon::load_credentials() {
   auto credentials = load_nbd_credentials(config_.nbd_tls);
   if (!credentials) return tl::unexpected(credentials.error());
   nbd_credentials_ = std::move(*credentials);
+  if (const Status safe = check_hook(config_.on_running); !safe) return fail_with(safe.error(), "on-running");
   return {};
 }
 
@@ -125,6 +127,7 @@ void Daemon::load_state(Done done) {
   if (!file) return done(fail_with(file.error(), "node state"));
   state_file_ = std::move(*file);
   state_ = std::make_unique<NodeState>(reactor_, *state_file_);
+  hooks_ = std::make_unique<Hooks>(reactor_, *state_, events_, config_.on_running);
   auto identity = load_or_create_identity(path_in_state("identity.pem"));
   if (!identity) return done(tl::unexpected(identity.error()));
   identity_ = std::make_unique<TlsIdentity>(std::move(*identity));
@@ -246,6 +249,7 @@ void Daemon::note_replication_states() {
 
 void Daemon::shut_down(Done done) {
   sd_notify(0, "STOPPING=1");
+  if (hooks_ != nullptr) hooks_->stop();
   state_timer_.cancel();
   reopen_timer_.cancel();
   control_listener_.reset();

@@ -22,6 +22,7 @@
 #include "engine/control/rpc_server.h"
 #include "engine/daemon/attachments.h"
 #include "engine/daemon/group.h"
+#include "engine/daemon/hooks.h"
 #include "engine/daemon/node_state.h"
 #include "engine/daemon/passed_sockets.h"
 #include "engine/daemon/volume.h"
@@ -159,6 +160,7 @@ class Daemon final : private PeerServiceHandler {
   Folder groups_folder_;  // of the state folder; what a peer makes us create is in it
   std::unique_ptr<FileStore> state_file_;
   std::unique_ptr<NodeState> state_;
+  std::unique_ptr<Hooks> hooks_;
   std::unique_ptr<TlsIdentity> identity_;
   std::shared_ptr<const TlsCredentials> nbd_credentials_;
   SocketDialer dialer_;

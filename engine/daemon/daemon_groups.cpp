@@ -84,7 +84,9 @@ void Daemon::open_group(const GroupRecord& record, Done done) {
 
   GroupSlot& slot = groups_[record.id];
   slot.staging = std::move(*staging);
-  slot.ownership = std::make_unique<GroupOwnershipStore>(reactor_, *state_, record.id);
+  GroupOwnershipStore::Arrived arrived;
+  if (hooks_->wanted()) arrived = [this](const Id128& attempt) { hooks_->begin(attempt); };
+  slot.ownership = std::make_unique<GroupOwnershipStore>(reactor_, *state_, record.id, std::move(arrived));
   std::string qmp;
   for (const std::string& name : record.members) {
     if (qmp.empty()) qmp = volumes_.at(name)->config().qmp;

@@ -61,7 +61,24 @@ void GroupOwnershipStore::save(const Ownership& ownership, std::function<void(St
       done(fail(ErrorKind::NotFound, "group {} is gone", name));
     });
   }
-  state_.update([&](NodeRecord& record) { record.groups.at(group_).ownership = ownership; }, std::move(done));
+  const GroupRecord& before = state_.record().groups.at(group_);
+  // By `cont`, or because it was to stay paused. What the operator forces is Running from other states.
+  const bool arrived = arrived_ && before.ownership.state == HandoverState::Started &&
+                       ownership.state == HandoverState::Running && before.ownership.attempt == ownership.attempt;
+  if (!arrived) {
+    return state_.update([&](NodeRecord& record) { record.groups.at(group_).ownership = ownership; }, std::move(done));
+  }
+  state_.update(
+      [&](NodeRecord& record) {
+        GroupRecord& group = record.groups.at(group_);
+        group.ownership = ownership;
+        record.hooks[ownership.attempt] = {
+            .volumes = group.members, .peer = group.peer, .guest_running = ownership.guest_was_running};
+      },
+      [arrived_here = arrived_, attempt = ownership.attempt, done = std::move(done)](const Status& saved) {
+        if (saved) arrived_here(attempt);
+        done(saved);
+      });
 }
 
 }  // namespace vmferry

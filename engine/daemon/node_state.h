@@ -52,12 +52,21 @@ struct AttachmentRecord {
   uint32_t request_timeout_s = 0;
 };
 
+// A hook that is owed: the guest runs here, and the program was not seen to end yet. See hooks.h.
+struct HookRecord {
+  std::vector<std::string> volumes;
+  std::string peer;  // that the guest came from
+  bool guest_running = true;
+  uint64_t starts = 0;
+};
+
 struct NodeRecord {
   Id128 node{};
   std::map<std::string, VolumeConfig> volumes;
   std::map<std::string, AttachmentRecord> attachments;  // by volume
   std::map<Id128, GroupRecord> groups;
-  Json peers = Json::array();  // PeerDirectory's own form
+  std::map<Id128, HookRecord> hooks;  // by attempt
+  Json peers = Json::array();         // PeerDirectory's own form
 };
 
 Json to_json(const NodeRecord& record);
@@ -91,14 +100,18 @@ const GroupRecord* find_group_of(const NodeRecord& record, const std::string& vo
 // Ownership of one group inside the node's record.
 class GroupOwnershipStore final : public OwnershipStore {
  public:
-  GroupOwnershipStore(Executor& executor, NodeState& state, Id128 group)
-      : executor_(executor), state_(state), group_(group) {}
+  // The end of a handover here, durable, with its hook. Empty: hooks are not noted.
+  using Arrived = std::function<void(const Id128& attempt)>;
+
+  GroupOwnershipStore(Executor& executor, NodeState& state, Id128 group, Arrived arrived = {})
+      : executor_(executor), state_(state), group_(group), arrived_(std::move(arrived)) {}
   void save(const Ownership& ownership, std::function<void(Status)> done) override;
 
  private:
   Executor& executor_;
   NodeState& state_;
   const Id128 group_;
+  const Arrived arrived_;
 };
 
 }  // namespace vmferry

@@ -277,6 +277,34 @@ Status take_attachment(const Json& value, NodeRecord& record) {
   return {};
 }
 
+Json to_json(const Id128& attempt, const HookRecord& hook) {
+  return {{"attempt", attempt.to_string()},
+          {"volumes", hook.volumes},
+          {"peer", hook.peer},
+          {"guest_running", hook.guest_running},
+          {"starts", hook.starts}};
+}
+
+Result<std::pair<Id128, HookRecord>> hook_from_json(const Json& value) {
+  Fields fields(value, "hook");
+  HookRecord hook;
+  const Id128 attempt = fields.id("attempt");
+  const Json& volumes = fields.child("volumes");
+  if (!volumes.is_array() || volumes.empty()) fields.problem("'volumes' is not a list of names");
+  for (const Json& volume : volumes) {
+    if (!volume.is_string() || !is_valid_name(volume.get<std::string>())) {
+      fields.problem("a volume is not a name");
+      break;
+    }
+    hook.volumes.push_back(volume.get<std::string>());
+  }
+  hook.peer = fields.text("peer");
+  hook.guest_running = fields.flag("guest_running");
+  hook.starts = fields.number("starts");
+  if (auto status = fields.status(); !status) return tl::unexpected(status.error());
+  return std::pair(attempt, std::move(hook));
+}
+
 }  // namespace
 
 Json to_json(const Ownership& o) {
@@ -330,8 +358,11 @@ Json to_json(const NodeRecord& record) {
   for (const auto& [id, group] : record.groups) groups.push_back(to_json(group));
   Json attachments = Json::array();
   for (const auto& [volume, attachment] : record.attachments) attachments.push_back(to_json(volume, attachment));
-  return {{"format", 1U},     {"node", record.node.to_string()}, {"volumes", volumes},
-          {"groups", groups}, {"attachments", attachments},      {"peers", record.peers}};
+  Json hooks = Json::array();
+  for (const auto& [attempt, hook] : record.hooks) hooks.push_back(to_json(attempt, hook));
+  return {{"format", 1U},         {"node", record.node.to_string()}, {"volumes", volumes},
+          {"groups", groups},     {"attachments", attachments},      {"hooks", hooks},
+          {"peers", record.peers}};
 }
 
 Result<NodeRecord> node_record_from_json(const Json& value) {
@@ -360,6 +391,17 @@ Result<NodeRecord> node_record_from_json(const Json& value) {
     const Json& attachments = fields.child("attachments");
     if (!attachments.is_array()) fields.problem("'attachments' is not a list");
     for (const Json& item : attachments) fields.take(take_attachment(item, record));
+  }
+  if (fields.has("hooks")) {  // younger than the format
+    const Json& hooks = fields.child("hooks");
+    if (!hooks.is_array()) fields.problem("'hooks' is not a list");
+    for (const Json& item : hooks) {
+      auto hook = hook_from_json(item);
+      if (hook)
+        record.hooks.insert(std::move(*hook));
+      else
+        fields.problem(hook.error().text);
+    }
   }
   record.peers = fields.child("peers");
   if (auto status = fields.status(); !status) return tl::unexpected(status.error());

@@ -53,6 +53,42 @@ class ConfigFiles : public testing::Test {
   std::string folder_;
 };
 
+// It runs with the daemon's rights: whoever can write it, or put another in its place, has them.
+TEST_F(ConfigFiles, AHookThatOthersCouldChangeIsRefused) {
+  const auto said = [&](const std::string& hook) {
+    return problems({}, {"--state-dir", path("state"), "--on-running", hook});
+  };
+  fs::create_directories(path("hooks"));
+  const std::string hook = file("hooks/run", 1);
+  chmod(hook.c_str(), 0700);
+  EXPECT_EQ(said(hook), "");
+  EXPECT_THAT(said("hooks/run"), HasSubstr("absolute path"));
+  EXPECT_THAT(said(path("hooks/missing")), HasSubstr("hooks/missing"));
+  EXPECT_THAT(said(path("hooks")), HasSubstr("is no file"));
+  for (const mode_t mode : {0720U, 0702U, 0777U}) {
+    chmod(hook.c_str(), mode);
+    EXPECT_THAT(said(hook), HasSubstr("may be written by others")) << mode;
+    EXPECT_THAT(said(hook), HasSubstr("chmod go-w " + hook));
+    EXPECT_THAT(said(hook), StartsWith("--on-running"));
+  }
+  chmod(hook.c_str(), 0600);
+  EXPECT_THAT(said(hook), HasSubstr("chmod +x"));
+  chmod(hook.c_str(), 0755);
+  chmod(path("hooks").c_str(), 0777);
+  EXPECT_THAT(said(hook), HasSubstr("'" + path("hooks") + "' may be written by others"));
+  chmod(path("hooks").c_str(), 01777);
+  EXPECT_EQ(said(hook), "") << "sticky, as /tmp: others cannot replace it";
+  // The folder of a link, too: it decides what the link leads to.
+  fs::create_directories(path("links"));
+  fs::create_symlink(hook, path("links/run"));
+  EXPECT_EQ(said(path("links/run")), "");
+  chmod(path("links").c_str(), 0777);
+  EXPECT_THAT(said(path("links/run")), HasSubstr("'" + path("links") + "' may be written by others"));
+  if (geteuid() != 0) return;  // only root gives files away
+  ASSERT_EQ(chown(hook.c_str(), kNobody, 0), 0);
+  EXPECT_THAT(said(hook), HasSubstr("belongs to user 65534"));
+}
+
 TEST_F(ConfigFiles, NothingIsSaidOfWhatWillWorkAndNothingIsMade) {
   file("a.img");
   fs::create_directories(path("run"));

@@ -39,6 +39,7 @@ NodeRecord sample() {
                                .connections = 4,
                                .dead_timeout_s = 300,
                                .request_timeout_s = 30};
+  record.hooks[group.id] = {.volumes = {"vda", "vdb"}, .peer = "hostb", .guest_running = false, .starts = 1};
   return record;
 }
 
@@ -55,6 +56,7 @@ TEST(NodeState, EveryFieldSurvives) {
   EXPECT_EQ(read->volumes.at("vda").nbd->port, 10809);
   EXPECT_TRUE(read->volumes.at("vda").read_only);
   EXPECT_EQ(read->volumes.at("vda").description, "disk 1 of h\u00f4te");
+  EXPECT_EQ(read->hooks.begin()->second.volumes.size(), 2U);
   ASSERT_NE(find_group_of(*read, "vda"), nullptr);
   EXPECT_EQ(find_group_of(*read, "vdb"), nullptr);
 }
@@ -70,6 +72,9 @@ TEST(NodeState, EveryMissingOrWrongFieldIsRefused) {
     broken[pointer] = Json::array({1.5});
     EXPECT_FALSE(node_record_from_json(broken)) << pointer.to_string();
   }
+  Json older = whole;  // before there were hooks
+  older.erase("hooks");
+  EXPECT_TRUE(node_record_from_json(older));
   Json newer = whole;
   newer["format"] = 2;
   EXPECT_FALSE(node_record_from_json(newer));
@@ -116,6 +121,58 @@ TEST(NodeState, SavingForAGroupThatIsGoneFailsFromATask) {
   world.run_for(kSecond);
   ASSERT_TRUE(answer);
   EXPECT_FALSE(*answer);
+}
+
+// A hook that were noted later than Running would be lost with a daemon that dies in between; one that were noted for
+// anything else would tell the network that a guest is here that is not.
+TEST(NodeState, AHookIsOwedFromTheRecordOfRunningOnAndForNothingElse) {
+  sim::SimWorld world(1);
+  Executor& executor = world.add_executor("daemon");
+  sim::SimDisk disk(world.add_executor("disk"), NodeState::kFileSize);
+  NodeState state(executor, disk);
+  std::optional<Status> done;
+  const auto noted = [&](const Status& status) { done = status; };
+  const auto settle = [&] {
+    world.run_for(kSecond);
+    EXPECT_TRUE(done && *done);
+    done.reset();
+  };
+  state.load(noted);
+  settle();
+  GroupRecord group = sample().groups.begin()->second;
+  state.update([&](NodeRecord& record) { record.groups[group.id] = group; }, noted);
+  settle();
+  std::vector<Id128> arrived;
+  GroupOwnershipStore store(executor, state, group.id, [&](const Id128& attempt) { arrived.push_back(attempt); });
+  Ownership ownership = group.ownership;
+  const auto save = [&](HandoverState to) {
+    ownership.state = to;
+    store.save(ownership, noted);
+    settle();
+  };
+  // By force: the operator boots the guest, or takes care of what is there.
+  for (const HandoverState from : {HandoverState::Prepared, HandoverState::Aborted, HandoverState::Primary}) {
+    save(from);
+    save(HandoverState::Running);
+    save(HandoverState::Running);
+  }
+  save(HandoverState::Own);
+  EXPECT_TRUE(arrived.empty());
+  EXPECT_TRUE(state.record().hooks.empty());
+  save(HandoverState::Started);
+  save(HandoverState::Running);
+  save(HandoverState::Running);
+  ASSERT_EQ(arrived.size(), 1U);
+  EXPECT_EQ(arrived.front(), ownership.attempt);
+  NodeState again(executor, disk);
+  again.load(noted);
+  settle();
+  ASSERT_EQ(again.record().hooks.size(), 1U);
+  const HookRecord& hook = again.record().hooks.at(ownership.attempt);
+  EXPECT_EQ(hook.volumes, group.members);
+  EXPECT_EQ(hook.peer, "hostb");
+  EXPECT_EQ(hook.starts, 0U);
+  EXPECT_EQ(again.record().groups.at(group.id).ownership.state, HandoverState::Running);
 }
 
 }  // namespace
