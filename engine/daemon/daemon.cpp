@@ -223,6 +223,7 @@ void Daemon::register_commands() {
 
 void Daemon::watch_replication_states() {
   note_replication_states();
+  note_write_rates();
   state_timer_.start(kStatePollInterval, [this] { watch_replication_states(); });
 }
 
@@ -245,6 +246,19 @@ void Daemon::note_replication_states() {
     states.emplace(group->id(), state);
   }
   states_seen_ = std::move(states);
+}
+
+void Daemon::note_write_rates() {
+  std::erase_if(write_rates_, [this](const auto& entry) { return !volumes_.contains(entry.first); });
+  for (const auto& [name, volume] : volumes_) {
+    write_rates_[name].add(volume->nbd_stats().written_bytes_total + volume->vhost_stats().written_bytes_total,
+                           reactor_.now());
+  }
+}
+
+std::optional<uint64_t> Daemon::write_rate(const std::string& volume) const {
+  const auto found = write_rates_.find(volume);
+  return found != write_rates_.end() ? found->second.rate() : std::nullopt;
 }
 
 void Daemon::shut_down(Done done) {

@@ -26,6 +26,7 @@
 #include "engine/daemon/node_state.h"
 #include "engine/daemon/passed_sockets.h"
 #include "engine/daemon/volume.h"
+#include "engine/daemon/write_load.h"
 #include "engine/replicate/peer_service.h"
 #include "engine/replicate/socket_dialer.h"
 #include "engine/runtime/folder.h"
@@ -79,6 +80,8 @@ class Daemon final : private PeerServiceHandler {
   void forget_peer_of(Group& group, Done done);
   // Why the volume's group is not what was asked for last, or is not there at all; "" when all is well.
   std::string group_trouble(const std::string& volume) const;
+  // Bytes per second that clients of the volume's exports wrote lately; nullopt: not watched long enough.
+  std::optional<uint64_t> write_rate(const std::string& volume) const;
   // Facts for a migration to here; `volumes` as the source names them.
   void answer_preflight(const Json& request, std::function<void(Result<Json>)> answer);
 
@@ -92,6 +95,7 @@ class Daemon final : private PeerServiceHandler {
   void register_commands();
   void watch_replication_states();
   void note_replication_states();
+  void note_write_rates();
   std::string path_in_state(const std::string& name) const { return config_.state_dir + "/" + name; }
 
   // daemon_volumes.cpp
@@ -195,6 +199,7 @@ class Daemon final : private PeerServiceHandler {
   Timer state_timer_;
   Timer reopen_timer_;
   std::map<Id128, std::string> states_seen_;  // of replication, for events
+  std::map<std::string, WriteRate> write_rates_;
   Alive alive_;
 };
 

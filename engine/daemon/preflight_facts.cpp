@@ -227,6 +227,15 @@ Status read_peer(const Json& answer, PreflightFacts& facts) {
   return {};
 }
 
+// What the link carried lately was this guest's own writes, and no cap made it that: then it would have carried more if
+// it could.
+bool is_under_load(const Daemon& daemon, const PreflightWish& wish) {
+  Group* const group = daemon.group_of(wish.volumes.front());
+  if (group == nullptr || group->sender() == nullptr || group->record().peer != wish.peer) return false;
+  if (group->record().replication.bandwidth != 0) return false;
+  return group->sender()->status().state == ReplicationState::CatchingUp;
+}
+
 void ask_peer(Daemon& daemon, const PreflightWish& wish, PreflightFacts facts,
               const std::function<void(Result<PreflightFacts>)>& done) {
   const auto without_peer = [done](PreflightFacts known, std::string why) {
@@ -253,9 +262,15 @@ void ask_peer(Daemon& daemon, const PreflightWish& wish, PreflightFacts facts,
                         const Status read = answer ? read_peer(*answer, facts) : tl::unexpected(answer.error());
                         if (!read)
                           return without_peer(facts, fmt::format("peer '{}': {}", wish.peer, read.error().text));
-                        if (const PeerLink* const present = daemon.peers().link(wish.peer); present != nullptr)
+                        if (const PeerLink* const present = daemon.peers().link(wish.peer); present != nullptr) {
                           facts.link_rate = present->figures().send_rate;
-                        done(facts);
+                          facts.link_rate_is_limit = is_under_load(daemon, wish);
+                        }
+                        measure_write_load(daemon, wish.volumes, link_rate_max(facts),
+                                           [facts, done](uint64_t wire_rate) mutable {
+                                             facts.disk_dirty_rate = wire_rate;
+                                             done(facts);
+                                           });
                       });
       });
 }
@@ -266,7 +281,6 @@ void gather_preflight(Daemon& daemon, const PreflightWish& wish, std::function<v
   PreflightFacts facts;
   facts.peer_name = wish.peer;
   facts.overwrite_peer = wish.overwrite_peer;
-  facts.bandwidth_cap = wish.bandwidth;
   facts.downtime_limit = wish.downtime_limit;
   Group* first = nullptr;
   for (const std::string& name : wish.volumes) {
@@ -284,6 +298,10 @@ void gather_preflight(Daemon& daemon, const PreflightWish& wish, std::function<v
     if (!may_run(ownership)) facts.not_owner_reason = explain(ownership);
     if (group->coordinator().migrating())
       facts.not_owner_reason = fmt::format("a migration of '{}' is under way", name);
+    // Without --bandwidth the cap that its replication has stays.
+    facts.bandwidth_cap = wish.bandwidth != 0 || group->record().peer != wish.peer
+                              ? wish.bandwidth
+                              : group->record().replication.bandwidth;
     facts.staging_needed += std::min<uint64_t>((*volume)->device().dirty_bytes(), 1_GiB);
   }
   // First of all our own side: also a refusal for the peer's sake says where the guest is.

@@ -178,18 +178,14 @@ class Checks {
           "there, loading {:.0f} ms); the limit is {:.0f} ms: allow more with --downtime-limit {:.0f}ms",
           ms(report_.smallest_pause), ms(facts_.rtt), ms(facts_.fsync_here), ms(facts_.fsync_there), ms(kLoadTime),
           ms(facts_.downtime_limit), std::ceil(ms(report_.smallest_pause) * 1.5 / 100) * 100);
-    const uint64_t rate = link_rate();
+    const uint64_t rate = link_rate_max(facts_);
     if (rate > 0 && facts_.disk_dirty_rate + facts_.memory_dirty_rate >= rate)
       problem(
-          "the guest makes {} bytes per second to send (disk {}, memory {}) and the link carries {}: this never "
+          "the guest makes {} bytes per second to send (disk {}, memory {}) and the link carries {}{}: this never "
           "ends; raise the bandwidth or calm the guest",
-          facts_.disk_dirty_rate + facts_.memory_dirty_rate, facts_.disk_dirty_rate, facts_.memory_dirty_rate, rate);
-  }
-
-  uint64_t link_rate() const {
-    if (facts_.bandwidth_cap == 0) return facts_.link_rate;
-    if (facts_.link_rate == 0) return facts_.bandwidth_cap;
-    return std::min(facts_.link_rate, facts_.bandwidth_cap);
+          facts_.disk_dirty_rate + facts_.memory_dirty_rate, facts_.disk_dirty_rate,
+          facts_.memory_dirty_rate > 0 ? fmt::format("{}", facts_.memory_dirty_rate) : "not counted", rate,
+          rate == facts_.bandwidth_cap ? " by the bandwidth that it is given" : "");
   }
 
   const PreflightFacts& facts_;
@@ -218,6 +214,12 @@ GuestPlace guest_place(const Ownership& ownership, const PreflightFacts& facts) 
   // The contract has no word for a guest that is paused at the peer.
   if (owner == "peer" && facts.destination.running) return GuestPlace::RunningPeer;
   return GuestPlace::Unknown;
+}
+
+uint64_t link_rate_max(const PreflightFacts& facts) {
+  const uint64_t measured = facts.link_rate_is_limit ? facts.link_rate : 0;
+  if (facts.bandwidth_cap == 0) return measured;
+  return measured == 0 ? facts.bandwidth_cap : std::min(measured, facts.bandwidth_cap);
 }
 
 PreflightReport preflight(const PreflightFacts& facts) {

@@ -65,12 +65,13 @@ struct PreflightFacts {
   QemuPreflight destination;
   uint64_t staging_free_there = 0;  // bytes for a staged epoch
   uint64_t staging_needed = 0;
-  Nanoseconds rtt = 0;         // 0: not measured
-  uint64_t link_rate = 0;      // bytes per second, 0: not measured
-  uint64_t bandwidth_cap = 0;  // --bandwidth, 0: none
+  Nanoseconds rtt = 0;             // 0: not measured
+  uint64_t link_rate = 0;          // bytes per second, 0: not measured
+  bool link_rate_is_limit = true;  // false: measured with little to send, so that the link may carry more
+  uint64_t bandwidth_cap = 0;      // --bandwidth, 0: none
   Nanoseconds fsync_here = 0;
   Nanoseconds fsync_there = 0;
-  uint64_t disk_dirty_rate = 0;    // wire bytes per second that the guest's writes make
+  uint64_t disk_dirty_rate = 0;    // wire bytes per second that the guest's writes make; 0: few, or not known
   uint64_t memory_dirty_rate = 0;  // 0: not known
   Nanoseconds downtime_limit = 0;
 };
@@ -90,5 +91,8 @@ GuestPlace guest_place(const Ownership& ownership, const PreflightFacts& facts);
 // The parts of the pause that no convergence removes: two one-way trips, the durable records in the path, and the tail
 // of QEMU's stream.
 Nanoseconds smallest_pause(const PreflightFacts& facts);
+
+// Bytes per second that the link carries at most: the cap, or what it carried under load. 0: not known.
+uint64_t link_rate_max(const PreflightFacts& facts);
 
 }  // namespace vmferry

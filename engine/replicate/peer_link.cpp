@@ -369,6 +369,8 @@ LinkFigures PeerLink::figures() const {
 }
 
 void PeerLink::set_rate_limit(uint64_t bytes_per_s) {
+  // What was measured under another cap says nothing about the link.
+  if (bytes_per_s != limiter_.rate()) meter_ = {};
   limiter_.set_rate(bytes_per_s, executor_.now());
   schedule_pump();
 }

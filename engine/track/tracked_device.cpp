@@ -96,6 +96,7 @@ void TrackedDevice::admit_mutation(BlockRequest& request) noexcept {
   }
   if (!control_actions_.empty()) return waiting_for_control_.push_back(&request);
   ++mutation_counter_;
+  if (write_sample_ != nullptr && request.op == BlockOp::Write) write_sample_->note(request.range);
   ++mutations_in_flight_;
   take_op().start_mutation(request);
 }

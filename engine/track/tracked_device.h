@@ -20,6 +20,7 @@
 #include "engine/runtime/executor.h"
 #include "engine/track/epoch_tracker.h"
 #include "engine/track/range_lock.h"
+#include "engine/track/write_sample.h"
 
 namespace vmferry {
 
@@ -134,6 +135,8 @@ class TrackedDevice final : public BlockDevice, public ClientEras {
   // Mutating requests let through the gate since open(). Equal before a seal and after the end of reading back means
   // that nothing was written between.
   uint64_t mutation_counter() const { return mutation_counter_; }
+  // From here on every write is noted there; nullptr ends it.
+  void sample_writes(std::shared_ptr<WriteSample> sample) noexcept { write_sample_ = std::move(sample); }
 
   // --- Write gate
   void set_gate(WriteGate gate) noexcept;  // parked requests stay parked until one of the next two
@@ -201,6 +204,7 @@ class TrackedDevice final : public BlockDevice, public ClientEras {
   RangeLock locks_;
   std::unique_ptr<TrackMetadata> metadata_;
   uint64_t mutation_counter_ = 0;
+  std::shared_ptr<WriteSample> write_sample_;
   uint64_t mutations_in_flight_ = 0;
   uint64_t guest_reads_ = 0;
   uint64_t reads_in_flight_ = 0;

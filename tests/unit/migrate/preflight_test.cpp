@@ -116,6 +116,22 @@ TEST(Preflight, EachObstacleIsOneProblemThatNamesIt) {
   }
 }
 
+// A link that had little to carry looks slow: a migration that would have fitted must not be refused for it.
+TEST(Preflight, ARateMeasuredWithoutLoadIsNoLimit) {
+  PreflightFacts facts = good_facts();
+  facts.disk_dirty_rate = 50'000'000;
+  EXPECT_THAT(preflight(facts).problems, ElementsAre(HasSubstr("never ends")));
+  EXPECT_EQ(link_rate_max(facts), 12'500'000U);
+  facts.link_rate_is_limit = false;
+  EXPECT_THAT(preflight(facts).problems, IsEmpty());
+  EXPECT_EQ(link_rate_max(facts), 0U);
+  facts.bandwidth_cap = 1'000'000;
+  facts.memory_dirty_rate = 0;
+  EXPECT_THAT(preflight(facts).problems,
+              ElementsAre(HasSubstr("makes 50000000 bytes per second to send (disk 50000000, memory not counted) and "
+                                    "the link carries 1000000 by the bandwidth that it is given")));
+}
+
 TEST(Preflight, OverwritePeerIsTheOperatorsWord) {
   PreflightFacts facts = good_facts();
   facts.volumes[0].foreign_data_there = true;

@@ -371,6 +371,10 @@ TEST_F(PeerLinkTest, TheRateLimitIsObeyedWithinFivePercent) {
         static_cast<double>(link.figures().sent_bytes - before) / (static_cast<double>(executor.now() - since) / 1e9);
     EXPECT_NEAR(measured / static_cast<double>(rate), 0.975, 0.025) << rate;
     EXPECT_NEAR(static_cast<double>(link.figures().send_rate) / static_cast<double>(rate), 0.975, 0.05) << rate;
+    link.set_rate_limit(rate);
+    EXPECT_GT(link.figures().send_rate, 0U) << "the same cap: still true";
+    link.set_rate_limit(0);
+    EXPECT_EQ(link.figures().send_rate, 0U) << "what another cap allowed says nothing about the link";
     a.reset();
     b.reset();
   }
