@@ -3,6 +3,7 @@
 """`vmferry peer`: tokens that work once, keys that are pinned, and peers that are refused with the reason on both sides."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -11,7 +12,7 @@ import struct
 import subprocess
 import unittest
 
-from daemon_support import MIB, DaemonCase, new_address, run, wait_until
+from daemon_support import MIB, DaemonCase, VmferryError, new_address, run, wait_until
 
 
 class Pairing(DaemonCase):
@@ -116,6 +117,43 @@ int clock_gettime(clockid_t id, struct timespec* out) {
             for right in ("replicate-in", "verify", "migrate-in"):
                 self.assertIn(right, error)
         self.assertIn("nowhere", self.refused(b, "peer", "invite", "--address", "nowhere", status=2))
+
+    def test_a_right_that_was_not_granted_is_refused_by_its_name(self):
+        # A host that may hold copies only: it is asked for digests and for a running guest all the same.
+        a = self.daemon("a", self.volume("vda", self.image("a-vda.img", 8 * MIB, MIB), f"qmp={self.path('qmp.sock')}"),
+                        listen=new_address())
+        b = self.daemon("b", self.volume("vda", self.image("b-vda.img", 8 * MIB), "role=secondary"), listen=new_address())
+        joined = self.join(a, self.invite(b, "--grant", "replicate-in"), "--name", "b", "--as", "a")
+        self.assertEqual(joined["granted_to_us"], "replicate-in")
+        a.vmferry("replicate", "start", "vda", "--peer", "b")
+        self.in_sync(a)
+        error = self.refused(a, "replicate", "verify", "vda")
+        self.assertRegex(error, r"right verify\b")
+        self.assertIn("right verify", b.log())
+        with self.assertRaises(VmferryError) as caught:
+            a.vmferry("migrate", "vda", "--peer", "b")
+        self.assertEqual(caught.exception.status, 1)
+        result = caught.exception.output
+        self.assertEqual((result["result"], result["owner"], result["guest"]), ("failed", "source", "running-source"))
+        self.assertIn("migrate-in", result["error"])
+        self.assertEqual((a.volume_status("vda")["role"], b.volume_status("vda")["role"]), ("primary", "secondary"))
+
+    def test_invite_and_join_print_what_they_grant(self):
+        # Whoever hands a token out has to see how far it reaches.
+        a, b = self.daemon("a", listen=new_address()), self.daemon("b", listen=new_address())
+        for options, grants in (([], "replicate-in, verify, migrate-in"), (["--grant", "verify,replicate-in"], "replicate-in, verify"),
+                                (["--grant", "migrate-in"], "migrate-in")):
+            command = b.vmferry_command("peer", "invite", "--address", b.listen, *options)
+            printed = run(*[word for word in command if word != "--json"])
+            self.assertIn(f"grants {grants};", printed.stderr)
+            self.assertNotIn("grants", printed.stdout)
+            self.assertEqual(json.loads(run(*command).stdout)["grants"], grants)
+        # The last token grants migrate-in alone; what the joiner grants in turn is everything.
+        command = [word for word in a.vmferry_command("peer", "join", "-", "--name", "b", "--as", "a") if word != "--json"]
+        joined = run(*command, input=printed.stdout)
+        self.assertIn("rights: replicate-in, verify, migrate-in", joined.stdout)
+        self.assertEqual(a.vmferry("peer", "list")["peers"][0]["granted_to_us"], "migrate-in")
+        self.assertEqual(b.vmferry("peer", "list")["peers"][0]["grants"], "migrate-in")
 
     def test_remove_ends_the_trust_on_this_side_at_once(self):
         # The point of removing is that the other one is out, whatever it thinks.
