@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vmferry replicate` between two daemons: what it says, what it refuses, and that both files are equal in the end."""
 
+import json
 import os
+import subprocess
 import threading
 import time
 import unittest
@@ -61,6 +63,8 @@ class ReplicationCommands(DaemonCase):
         self.assertEqual(a.vmferry("replicate", "pause", "vda")["volumes"][0]["state"], "paused")
         self.qemu_io(self.path("a-vda.img"), "write -P 0x5a 8M 3M")
         self.assertIn("paused", self.refused(a, "replicate", "wait", "vda", "--timeout", "2s"))
+        waited = a.vmferry("replicate", "wait", "vda", "--state", "paused", "--timeout", "5s")
+        self.assertEqual((waited["state"], waited["volumes"][0]["state"]), ("paused", "paused"))
         self.assertEqual(digest(self.path("b-vda.img")), before)
         # At the copy it would have no effect; somebody who backs its file up must not believe that it has.
         for command in ("pause", "resume"):
@@ -90,6 +94,29 @@ class ReplicationCommands(DaemonCase):
         self.in_sync(a)
         self.assert_equal_files()
         self.assertLess(a.replication("vda")["raw_bytes"], 4 * MIB)
+
+    def test_a_state_is_waited_for_until_it_comes_and_a_wrong_one_is_wrong_usage(self):
+        # A script that waits for a state that is misspelt would wait for its whole time and then say that it is late.
+        a, b = self.two_daemons(SIZE, data=MIB)
+        a.vmferry("replicate", "start", "vda", "--peer", "b", "--rpo", "1s")
+        self.in_sync(a)
+        for state in ("pausd", "", "IN-SYNC"):
+            error = self.refused(a, "replicate", "wait", "vda", "--state", state, "--timeout", "30s", status=2)
+            self.assertIn(f"'{state}'", error)
+        for state, act in (("paused", lambda: a.vmferry("replicate", "pause", "vda")), ("disconnected", b.kill)):
+            command = a.vmferry_command("replicate", "wait", "vda", "--state", state, "--timeout", "30s")
+            waiting = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.addCleanup(waiting.kill)
+            time.sleep(1)
+            self.assertIsNone(waiting.poll(), "it is not there yet")
+            act()
+            stdout, stderr = waiting.communicate(timeout=20)
+            self.assertEqual(waiting.returncode, 0, stderr)
+            self.assertEqual(json.loads(stdout)["state"], state)
+            if state == "paused":
+                self.assertIn("not initial after 1 s", self.refused(a, "replicate", "wait", "vda", "--state", "initial", "--timeout", "1s"))
+                a.vmferry("replicate", "resume", "vda")
+                self.in_sync(a)
 
     def test_settings_are_checked_changed_and_kept(self):
         # An RPO that is silently not the one asked for is found after the disaster.
@@ -305,6 +332,44 @@ class InterruptedCopy(DaemonCase):
         self.assertEqual(a.stop(), 0)
         a.start()
         self.finish(a, before)
+
+
+class OtherClients(DaemonCase):
+    """Clients of other makes on a volume that a peer follows: marks, locks and epochs lie in their way, too."""
+
+    def equal(self) -> bool:
+        return digest(self.path("a-vda.img")) == digest(self.path("b-vda.img"))
+
+    def test_nbdcopy_both_ways_and_fio_find_what_they_wrote_and_so_does_the_peer(self):
+        # What they do is not what we do: many connections, odd sizes, holes, and a verification of their own.
+        a, b = self.two_daemons(SIZE, data=8 * MIB)
+        a.vmferry("replicate", "start", "vda", "--peer", "b", "--rpo", "1s")
+        self.in_sync(a)
+        uri = self.uri(self.path("a-vda.img"))
+        source = self.image("source.img", SIZE, data=20 * MIB, seed=9)  # and a hole behind
+        write_random(source, 40 * MIB, 5 * MIB, seed=10)
+        for number, flags in enumerate((["--connections=4", "--requests=64"], ["--synchronous", "--flush"])):
+            with self.subTest(flags=flags):
+                write_random(source, number * 1_000_003, MIB, seed=11 + number)
+                run("nbdcopy", *flags, source, uri)
+                copy = self.path(f"copy-{number}.img")
+                run("nbdcopy", *flags, uri, copy)
+                self.assertEqual(digest(copy), digest(source))
+                self.in_sync(a)
+                self.assertTrue(self.equal())
+                # The copy is readable where it is.
+                run("nbdcopy", self.uri(self.path("b-vda.img")), self.path("there.img"))
+                self.assertEqual(digest(self.path("there.img")), digest(source))
+                self.path("there.img").unlink()
+        epochs = a.replication("vda")["epoch"]
+        run("fio", "--name=v", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bsrange=512-64k", "--bs_unaligned",
+            f"--size={SIZE}", f"--io_size={SIZE}", "--rate=16m", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1",
+            "--do_verify=1", "--verify_state_save=0", "--randseed=7", cwd=self.folder, timeout=120)
+        self.in_sync(a)
+        self.assertTrue(self.equal())
+        self.assertNotEqual(digest(self.path("b-vda.img")), digest(source))
+        self.assertGreater(a.replication("vda")["epoch"], epochs + 1, "epochs were sealed under the load")
+        self.assertEqual(a.vmferry("replicate", "verify", "vda")["differences"], [])
 
 
 class WhileTheGuestWrites(DaemonCase):
