@@ -237,6 +237,25 @@ class Restart(DaemonCase):
                 self.assertEqual(digest(image), good)
                 self.assertEqual(digest(self.path(f"b-{volume}.img")), good)
 
+    def test_the_role_of_the_command_line_counts_on_the_first_day_only(self):
+        # After a handover the old command line is still in the unit file: it must neither demote nor promote anybody.
+        a, b = self.following(data=MIB)
+        for daemon in (a, b):
+            self.assertEqual(daemon.stop(), 0)
+            at = daemon.command.index("--volume") + 1
+            words = [word for word in daemon.command[at].split(",") if not word.startswith("role=")]
+            daemon.command[at] = ",".join([*words, "role=secondary" if daemon is a else "role=primary"])
+            daemon.start()
+        for daemon, role in ((a, "primary"), (b, "secondary")):
+            status = daemon.volume_status("vda")
+            self.assertEqual((status["role"], status["may_run"]), (role, role == "primary"), status)
+            self.assertEqual(daemon.vmferry("volume", "show", "vda")["role"], role)
+        self.qemu_io(self.path("a-vda.img"), "write -P 0x5a 1M 64k")
+        refused = self.qemu_io(self.path("b-vda.img"), "write -P 0x66 1M 64k", check=False)
+        self.assertIn("ermi", refused.stdout + refused.stderr)  # EPERM
+        self.in_sync(a)
+        self.assertTrue(self.equal())
+
     def test_a_volume_that_could_not_be_made_is_still_new_at_the_next_start(self):
         # Recorded before its file was there, a mistyped folder would be taken for a disk that is missing for ever after.
         image, other = self.path("later") / "vda.img", self.path("later") / "vdb.img"
