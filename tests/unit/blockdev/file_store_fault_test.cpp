@@ -2,6 +2,7 @@
 //
 // FileStore over a backend that cuts transfers short and fails on command.
 #include <fcntl.h>
+#include <sys/uio.h>
 
 #include "tests/unit/blockdev/file_store_fixture.h"
 
@@ -14,6 +15,7 @@ class FaultyBackend final : public IoBackend {
     uint64_t piece_max = UINT64_MAX;  // transfers at most this much at once
     Errno read_error = 0, write_error = 0, sync_error = 0, allocate_error = 0;
     int allocations = 0, syncs = 0;
+    std::vector<int> write_flags{};  // of every write so far
     bool fail_after_destroy = false;
   };
   FaultyBackend(Executor& executor, Plan& plan) : executor_(executor), plan_(plan) {}
@@ -34,6 +36,7 @@ class FaultyBackend final : public IoBackend {
       case IoKind::Read:
         return plan_.read_error != 0 ? -plan_.read_error : outcome(pread(request.fd, request.data, length, offset));
       case IoKind::Write:
+        plan_.write_flags.push_back(request.flags);
         return plan_.write_error != 0 ? -plan_.write_error : outcome(pwrite(request.fd, request.data, length, offset));
       case IoKind::DataSync:
         ++plan_.syncs;
@@ -119,6 +122,48 @@ TEST_P(FileStoreFault, ALostWriteReportedToAFuaWriteFailsLaterFlushesToo) {
   plan.write_error = 0;
   // Without the page cache there is nothing that could have been lost before.
   EXPECT_EQ(flush(), GetParam() == CacheMode::Writeback ? EIO : 0);
+}
+
+// The guest has the reply to a FUA write and its machine loses power: the data is there, because every piece of the
+// write asked for that. And no other write pays for it.
+TEST_P(FileStoreFault, FuaAndNothingElseIsWrittenThrough) {
+  struct Row {
+    const char* name;
+    uint64_t piece_max;
+    ByteRange range;
+  };
+  for (const Row& row : {Row{"aligned", UINT64_MAX, {4096, 8192}}, Row{"in pieces", 4096, {0, 16'384}},
+                         Row{"unaligned", UINT64_MAX, {4097, 9000}}, Row{"last partial block", UINT64_MAX, {1_MiB, 77}},
+                         Row{"across the end of whole blocks", UINT64_MAX, {1_MiB - 5000, 5077}}}) {
+    for (const bool fua : {true, false}) {
+      SCOPED_TRACE(fmt::format("{} fua={}", row.name, fua));
+      plan.piece_max = row.piece_max;
+      plan.write_flags.clear();
+      plan.syncs = 0;
+      ASSERT_EQ(write(row.range.offset, pattern(row.range.length, 1), fua), 0);
+      ASSERT_FALSE(plan.write_flags.empty());
+      for (const int flags : plan.write_flags) EXPECT_EQ(flags, fua ? RWF_DSYNC : 0);
+      EXPECT_EQ(plan.syncs, 0);
+    }
+  }
+}
+
+// fallocate() has no flag for it, so that zeroes are durable by a sync behind them; written ones by themselves, too.
+TEST_P(FileStoreFault, FuaZeroesAreSynced) {
+  for (const Errno allocate_error : {0, EOPNOTSUPP}) {
+    plan.allocate_error = allocate_error;
+    for (const bool fua : {true, false}) {
+      SCOPED_TRACE(fmt::format("allocate_error={} fua={}", allocate_error, fua));
+      plan.write_flags.clear();
+      plan.syncs = 0;
+      ASSERT_EQ(write(0, pattern(64_KiB, 1)), 0);
+      plan.write_flags.clear();
+      ASSERT_EQ(wait({.op = BlockOp::WriteZeroes, .fua = fua, .may_unmap = true, .range = {100, 50'000}}), 0);
+      EXPECT_EQ(plan.syncs, fua ? 1 : 0);
+      ASSERT_EQ(plan.write_flags.empty(), allocate_error == 0);
+      for (const int flags : plan.write_flags) EXPECT_EQ(flags, fua ? RWF_DSYNC : 0);
+    }
+  }
 }
 
 // fast_only promises "nothing changed" with ENOTSUP: the client then writes the zeroes itself, or skips it.
