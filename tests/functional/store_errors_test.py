@@ -13,7 +13,7 @@ import nbd
 from daemon_support import BUILD, MIB, Daemon, DaemonCase, digest, new_address, pair, run, wait_until
 
 
-class StoreErrors(DaemonCase):
+class StoreErrorCase(DaemonCase):
     def expect_error(self, name: str, call, *arguments) -> None:
         with self.assertRaises(nbd.Error) as caught:
             call(*arguments)
@@ -26,6 +26,8 @@ class StoreErrors(DaemonCase):
         self.addCleanup(run, "umount", "-l", folder)
         return folder
 
+
+class StoreErrors(StoreErrorCase):
     def test_a_full_file_system_gives_enospc_and_goes_on_when_there_is_room(self):
         # QEMU stops the guest at ENOSPC and lets the operator make room; any other error reaches the guest's disk driver.
         folder = self.tmpfs("8M")
@@ -129,6 +131,91 @@ class StoreErrors(DaemonCase):
         self.expect_error("EIO", client.pread, 4096, 0)
         self.assertEqual(a.stop(timeout=15), 0)
         self.assertEqual(well.read_bytes()[4096:8192], b"w" * 4096)
+
+
+class BlockDevices(StoreErrorCase):
+    """path= is a disk and no file: a loop device, which fails as its backing file does."""
+
+    def loop(self, backing) -> str:
+        device = run("losetup", "--find", "--show", backing).stdout.strip()
+        self.addCleanup(run, "losetup", "--detach", device)
+        return device
+
+    def served(self, device: str, cache: str):
+        a = self.daemon(f"on-{cache}", f"name=vda,path={device},cache={cache},nbd=unix:{self.socket(self.path(cache))}")
+        return a, self.path(cache)
+
+    def test_a_disk_is_served_with_its_own_size_and_content(self):
+        # Size, zeroing and durability come from other calls than those of a file.
+        for cache in ("writeback", "none"):
+            with self.subTest(cache=cache):
+                image = self.image(f"disk-{cache}.img", 16 * MIB, data=MIB)
+                before = image.read_bytes()[:MIB]
+                device = self.loop(image)
+                a, path = self.served(device, cache)
+                shown = a.vmferry("volume", "show", "vda")
+                self.assertEqual((shown["size"], shown["path"]), (16 * MIB, device))
+                self.assertIn("already served", self.refused(
+                    self.daemon(f"other-{cache}"), "volume", "add", f"name=vda,path={device}"))
+                self.qemu_io(path, "write -P 0x5a 4M 1M", "write -f -P 0x5b 5000 300", "write -z 8M 1M", "discard 9M 1M",
+                             "flush", "read -P 0x5a 4M 1M", "read -P 0x5b 5000 300", "read -P 0 8M 1M")
+                client = self.nbd_client(path)
+                self.assertEqual(client.pread(5000, 0), before[:5000])
+                client.pwrite(b"end!" * 128, 16 * MIB - 512, nbd.CMD_FLAG_FUA)
+                # FUA: on the disk itself by now, whatever is in caches above it.
+                on_disk = run("dd", f"if={image}", "bs=512", f"skip={16 * MIB // 512 - 1}", "count=1", "iflag=direct", text=False)
+                self.assertEqual(on_disk.stdout, b"end!" * 128)
+                self.disconnect(client)
+                self.assertEqual(a.stop(), 0)
+                content = image.read_bytes()
+                self.assertEqual(content[:5000] + content[5300:MIB], before[:5000] + before[5300:])
+                self.assertEqual(content[4 * MIB:5 * MIB], b"\x5a" * MIB)
+
+    def test_a_disk_that_fails_gives_eio_there_and_only_there(self):
+        # Half of the platter is gone: the guest has to be told which reads failed, and must never get zeroes for them.
+        image = self.image("sick.img", 16 * MIB, data=16 * MIB)
+        good = image.read_bytes()
+        device = self.loop(image)
+        a, path = self.served(device, "none")
+        client = self.nbd_client(path)
+        os.truncate(image, 8 * MIB)  # the loop device keeps its 16 MiB and has nothing behind 8
+        self.assertEqual(int(run("blockdev", "--getsize64", device).stdout), 16 * MIB)
+        for offset in (8 * MIB, 12 * MIB + 512, 16 * MIB - 4096):
+            self.expect_error("EIO", client.pread, 4096, offset)
+        self.assertEqual(client.pread(MIB, 7 * MIB), good[7 * MIB:8 * MIB])
+        done = self.qemu_io(path, "read 12M 64k", check=False)
+        self.assertIn("Input/output error", done.stdout + done.stderr)
+        self.qemu_io(path, "read 4M 64k", "write -P 0x11 1M 64k", "flush", "read -P 0x11 1M 64k")
+        self.wait_log(a, "Input/output error")
+        line = next(line for line in a.log().splitlines() if "Input/output error" in line)
+        self.assertIn(device, line)
+        self.assertIn(str(8 * MIB), line)
+        self.assertEqual(a.volume_status("vda")["may_run"], True)
+        # The disk is back: so is the volume, without a restart.
+        with open(image, "r+b") as file:
+            file.seek(8 * MIB)
+            file.write(good[8 * MIB:])
+        self.assertEqual(client.pread(MIB, 12 * MIB), good[12 * MIB:13 * MIB])
+
+    def test_a_disk_that_loses_a_cached_write_fails_the_flush_and_every_later_one(self):
+        # The kernel tells of it once. A flush that succeeds afterwards would be a lie about data that is nowhere.
+        folder = self.tmpfs("4M")
+        backing = folder / "thin.img"
+        run("truncate", "-s", "64M", backing)
+        device = self.loop(backing)
+        a, path = self.served(device, "writeback")
+        client = self.nbd_client(path)
+        client.pwrite(b"a" * MIB, 0)
+        client.flush()
+        for number in range(1, 9):
+            client.pwrite(b"b" * MIB, number * MIB)  # into the page cache, which has room
+        for _ in range(2):
+            with self.assertRaises(nbd.Error) as caught:
+                client.flush()
+            self.assertIn(caught.exception.errno, ("EIO", "ENOSPC"))
+        self.assertEqual(client.pread(MIB, 0), b"a" * MIB)
+        self.assertEqual(a.volume_status("vda")["state"], "ready")
+        self.wait_log(a, device)
 
 
 class Engines(DaemonCase):
