@@ -74,30 +74,38 @@ void Receiver::Impl::apply_staged(bool consistent, Done done) {
 }
 
 void Receiver::Impl::apply_pass(bool consistent, Done done) {
-  EpochApply::run(executor_, staging_, volumes_, alive_.token(), [this, consistent, done](Status status) {
-    half_applied_ = !status && status.error().kind == ErrorKind::Io;
-    if (status) {
-      applying_ = false;
-      return finish_epoch(consistent, done);
-    }
-    if (status.error().kind != ErrorKind::Io) {
-      // Part of it may be in the volumes and the rest is lost: the source still has all of it, as dirty blocks.
-      return mark_inconsistent([this, status, done](Status) {
-        applying_ = false;
-        done(status);
-      });
-    }
-    note_trouble(status.error().text);
-    log::error("epoch={} cannot be applied yet: {}", current_->begin.epoch, reason_);
-    if (!opened_ || closing_) {
-      applying_ = false;
-      return done(status);
-    }
-    if (connected_) {
-      send(MessageType::EpochAbandon, EpochAbandon{current_->begin.epoch, ErrorKind::Io, true, reason_});
-    }
-    retry_timer_.start(kRetryDelay, [this, consistent, done] { apply_pass(consistent, done); });
+  EpochApply::run(executor_, staging_, volumes_, alive_.token(), [this, consistent, done](const Status& status) {
+    if (!status) return apply_failed(status.error(), consistent, done);
+    // Until it is recorded the record names an epoch whose image the volumes are no longer.
+    finish_epoch(consistent, [this, consistent, done](const Status& recorded) {
+      if (!recorded) return apply_failed(recorded.error(), consistent, done);
+      applying_ = half_applied_ = false;
+      done({});
+    });
   });
+}
+
+// A committed epoch that is in the volumes in part, or in whole and not recorded.
+void Receiver::Impl::apply_failed(const Error& error, bool consistent, const Done& done) {
+  half_applied_ = true;
+  if (error.kind != ErrorKind::Io) {
+    // The rest is lost: the source still has all of it, as dirty blocks.
+    return mark_inconsistent([this, error, done](const Status& marked) {
+      applying_ = false;
+      if (marked) half_applied_ = false;
+      done(tl::unexpected<Error>(error));
+    });
+  }
+  note_trouble(error.text);
+  log::error("epoch={} cannot be applied yet: {}", current_->begin.epoch, reason_);
+  if (!opened_ || closing_) {
+    applying_ = false;
+    return done(tl::unexpected<Error>(error));
+  }
+  if (connected_) {
+    send(MessageType::EpochAbandon, EpochAbandon{current_->begin.epoch, ErrorKind::Io, true, reason_});
+  }
+  retry_timer_.start(kRetryDelay, [this, consistent, done] { apply_pass(consistent, done); });
 }
 
 void Receiver::Impl::mark_inconsistent(Done done) {
@@ -105,8 +113,12 @@ void Receiver::Impl::mark_inconsistent(Done done) {
   record.quality = CopyQuality::Inconsistent;
   record.final_attempt = {};
   for (const auto& volume : volumes_) volume.device->serve_zeroes(true);
-  state_.save(record, [this, alive = alive_.token(), done = std::move(done)](Status status) {
+  state_.save(record, [this, alive = alive_.token(), done = std::move(done)](const Status& status) {
     if (!alive()) return;
+    if (!status && opened_ && !closing_) {
+      // Whatever is done before, a crash would leave a mix that calls itself whole.
+      return retry_timer_.start(kRetryDelay, [this, done] { mark_inconsistent(done); });
+    }
     release_guest_reads();
     done(status);
   });

@@ -95,6 +95,7 @@ struct Receiver::Impl {
   void commit();
   void apply_staged(bool consistent, Done done);
   void apply_pass(bool consistent, Done done);
+  void apply_failed(const Error& error, bool consistent, const Done& done);
   void finish_epoch(bool consistent, Done done);
   void clean_tracking(size_t index, Done done);
   void save_applied(bool consistent, Done done);
@@ -131,7 +132,7 @@ struct Receiver::Impl {
   bool diverged_ = false;
   bool replaced_ = false;  // a copy by the record, but a file is not the one that we left; then also diverged_
   bool applying_ = false;
-  bool half_applied_ = false;  // a committed epoch is in the files in part
+  bool half_applied_ = false;  // a committed epoch is in the files in part, or not recorded
   std::string reason_;
   Nanoseconds reason_since_ = 0;
   std::optional<Nanoseconds> source_paused_since_;  // not paused, as far as is known

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/replicate/replica_state.h"
 
+#include <utility>
+
 namespace vmferry {
 
 namespace {
@@ -52,8 +54,11 @@ void ReplicaState::open(Done done) {
 }
 
 void ReplicaState::save(const ReplicaRecord& record, Done done) {
-  record_ = record;
-  durable_.save(encode(record), std::move(done));
+  const ReplicaRecord before = std::exchange(record_, record);
+  durable_.save(encode(record), [this, before, record, done = std::move(done)](Status status) {
+    if (!status && record_ == record) record_ = before;
+    done(std::move(status));
+  });
 }
 
 Status check_volumes(const std::vector<ReplicaVolume>& ours, const std::vector<GroupHello::Volume>& theirs) {

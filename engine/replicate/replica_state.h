@@ -47,7 +47,8 @@ class ReplicaState {
 
   void open(Done done);
   const ReplicaRecord& record() const { return record_; }
-  // record() is the new one at once; `done` when it is durable. Saves complete in order.
+  // record() is the new one at once; `done` when it is durable. Saves complete in order. After an error record() is the
+  // one before again, or what was not recorded would be told to the peer.
   void save(const ReplicaRecord& record, Done done);
 
  private:

@@ -77,6 +77,52 @@ TEST(ReplicationRaces, FramesOfAnEpochThatWasGivenUpReturnTheirCredit) {
   EXPECT_TRUE(world.equal());
 }
 
+TEST(ReplicationRaces, AnAppliedEpochThatCannotBeRecordedIsNotReplacedByTheNext) {
+  // With its frames gone and the record still naming the epoch before, a power cut leaves a copy that calls its image
+  // by the wrong epoch (I6).
+  TestWorld world(small_world());
+  start(world);
+  ASSERT_TRUE(world.sync());
+  const uint64_t before = world.b.receiver->status().epoch;
+  world.b.staging->write_error = EIO;
+  world.b.staging->write_error_to = ReplicaState::kReservedSize;
+  world.write(0, 0, pattern(4096, 1));
+  ASSERT_TRUE(world.executor.run_until([&] { return world.writes_done(); }));
+  world.a.sender->sync_now();
+  ASSERT_TRUE(world.executor.run_until([&] { return !world.b.receiver->status().reason.empty(); }));
+  EXPECT_EQ(world.b.receiver->status().epoch, before) << "what is not recorded is not told";
+  world.executor.run_for(60 * kSecond);
+  EXPECT_EQ(world.a.sender->status().state, ReplicationState::Degraded);
+  EXPECT_EQ(world.a.sender->status().epoch, before);
+
+  world.crash_copy();
+  world.b.staging->write_error = 0;
+  world.b.boot();
+  world.start_copy(world.b);
+  ASSERT_TRUE(world.executor.run_until([&] { return world.b.receiver->status().epoch > before; }));
+  EXPECT_EQ(world.b.receiver->status().epoch, before + 1);
+  EXPECT_TRUE(world.equal());
+  ASSERT_TRUE(world.connect());
+  ASSERT_TRUE(world.sync());
+}
+
+TEST(ReplicationRaces, ARecordThatCannotBeWrittenIsTriedAgainWithoutACrash) {
+  TestWorld world(small_world());
+  start(world);
+  ASSERT_TRUE(world.sync());
+  world.b.staging->write_error = ENOSPC;
+  world.b.staging->write_error_to = ReplicaState::kReservedSize;
+  world.write(0, 0, pattern(4096, 1));
+  ASSERT_TRUE(world.executor.run_until([&] { return world.writes_done(); }));
+  world.a.sender->sync_now();
+  ASSERT_TRUE(world.executor.run_until([&] { return !world.b.receiver->status().reason.empty(); }));
+  world.b.staging->write_error = 0;
+  ASSERT_TRUE(world.sync());
+  EXPECT_TRUE(world.equal());
+  EXPECT_EQ(world.b.receiver->status().reason, "");
+  EXPECT_FALSE(world.b.receiver->status().half_applied);
+}
+
 TEST(ReplicationRaces, CopyThatHoldsHalfAnEpochDoesNotCloseWithSuccess) {
   // Who closes it to make it the primary would give the guest a mix of two epochs (I6).
   TestWorld world(small_world());

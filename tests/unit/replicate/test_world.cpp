@@ -126,7 +126,7 @@ void TestDisk::complete(BlockRequest& request) {
       break;
     case BlockOp::Write:
     case BlockOp::WriteZeroes:
-      error = at + length > write_error_from ? write_error : 0;
+      error = at + length > write_error_from && at < write_error_to ? write_error : 0;
       if (error != 0) break;
       ++writes;
       if (request.op == BlockOp::Write) {

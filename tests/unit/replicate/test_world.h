@@ -68,7 +68,8 @@ class TestDisk final : public BlockDevice {
 
   Bytes data;  // what reads see
   Errno write_error = 0;
-  uint64_t write_error_from = 0;  // only of writes that reach beyond: space below is allocated already
+  uint64_t write_error_from = 0;         // only of writes that reach beyond: space below is allocated already
+  uint64_t write_error_to = UINT64_MAX;  // and begin before
   Errno flush_error = 0;
   Errno flush_error_once = 0;   // of the next flush that is submitted
   Nanoseconds query_delay = 0;  // between the look at the extents and the answer
