@@ -15,6 +15,7 @@ namespace vmferry {
 namespace {
 
 constexpr std::string_view kPrefix = "/dev/nbd";
+constexpr const char* kIdentifierFile = "backend";  // since Linux 5.14; before, nothing tells whose a device is
 
 // Of a name that device_of() has made or accepted.
 Result<uint32_t> index_of(std::string_view device) {
@@ -110,8 +111,7 @@ Result<KernelDeviceState> NbdKernelDriver::state_of(const std::string& device, s
   if (error == EPERM) return tl::unexpected(denied().error());
   if (error != 0) return fail(ErrorKind::Io, "the kernel does not tell the state of {}: {}", device, errno_text(error));
   if (!connected.value_or(false)) return KernelDeviceState::Free;
-  // "backend" is there since Linux 5.14; before, nothing tells whose a device is.
-  return sysfs_line(*index, "backend") == identifier ? KernelDeviceState::Ours : KernelDeviceState::Taken;
+  return sysfs_line(*index, kIdentifierFile) == identifier ? KernelDeviceState::Ours : KernelDeviceState::Taken;
 }
 
 Result<std::string> NbdKernelDriver::find_free(const std::vector<std::string>& reserved) const {
@@ -133,7 +133,12 @@ Status NbdKernelDriver::attach(const KernelDeviceSpec& spec) {
   if (!socket) return tl::unexpected(socket.error());
   auto message = nbd_connect_message(socket->family(), *index, spec);
   if (!message) return tl::unexpected(message.error());
-  return attach_error(socket->request(std::move(*message)), spec.device);
+  if (Status attached = attach_error(socket->request(std::move(*message)), spec.device); !attached) return attached;
+  if (sysfs_line(*index, kIdentifierFile) == spec.identifier) return {};
+  if (Status undone = detach(spec.device); !undone) return undone;
+  return fail(ErrorKind::Unavailable,
+              "this kernel keeps no identifier with {}, so that nobody could know it again: Linux 5.14 is needed",
+              spec.device);
 }
 
 Status NbdKernelDriver::reconfigure(const KernelDeviceSpec& spec) {

@@ -282,7 +282,8 @@ void Attachments::detach(const std::string& what, bool force, Done done) {
 void Attachments::volume_grew(const std::string& volume, Done done) {
   const auto record = records().find(volume);
   Volume* const served = parts_.volume(volume);
-  if (record == records().end() || served == nullptr) return done({});
+  // Without a connection it learns the size with the next one.
+  if (record == records().end() || !is_well(volume)) return done({});
   const KernelDeviceSpec spec = spec_of(record->second, served->device().size());
   on_worker<Status>([driver = parts_.driver, spec] { return driver->reconfigure(spec); },
                     [volume, spec, done = std::move(done)](const Status& status) {

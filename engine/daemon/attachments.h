@@ -5,7 +5,7 @@
 // Flow: the commands attach and detach come from rpc_attach.cpp; what they decide is recorded in the node's state, and
 // tend() makes it so: at the start, when the kernel says that a connection died, and every few seconds while something
 // is missing. A device stays connected to a volume, whatever dies, until it is detached.
-// Source of truth: docs/decisions/0007-attach.md. Threads: the reactor's; the driver is called on workers, because the
+// Source of truth: docs/decisions/0006-attach.md. Threads: the reactor's; the driver is called on workers, because the
 // kernel may wait for I/O that only this thread can do.
 #pragma once
 

@@ -12,8 +12,6 @@ namespace vmferry {
 
 namespace {
 
-// The kernel's client writes requests of up to 1.25 MiB by default; with the usual 208 KiB each took several wake-ups.
-constexpr SocketOptions kSocketOptions{.send_buffer = 1U << 20};
 constexpr Nanoseconds kHandshakeTimeout = 10 * kSecond;
 
 // Lives until it has called done.
@@ -37,8 +35,8 @@ class Maker final : public std::enable_shared_from_this<Maker>, private StreamHa
       if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) {
         return finish(fail(ErrorKind::LimitExceeded, "no socketpair for the kernel: {}", errno_text(errno)));
       }
-      ours_.push_back(std::make_unique<SocketStream>(reactor_, UniqueFd(pair[0]), "kernel", kSocketOptions));
-      server.accept(std::make_unique<SocketStream>(reactor_, UniqueFd(pair[1]), "kernel:" + user_, kSocketOptions));
+      ours_.push_back(std::make_unique<SocketStream>(reactor_, UniqueFd(pair[0]), "kernel"));
+      server.accept(std::make_unique<SocketStream>(reactor_, UniqueFd(pair[1]), "kernel:" + user_));
     }
     next();
   }

@@ -16,6 +16,7 @@ PROGRAMS = (BUILD.bin / "vmferryd", BUILD.bin / "vmferry", "fio", "mkfs.ext4", "
             "blockdev", "setpriv")
 CONTROL = "--control unix:/tmp/a/control.sock"
 BIN = "/usr/local/bin"  # busybox's shell prefers its own applets of these names
+PF_MEMALLOC_NOIO = 0x00080000  # include/linux/sched.h
 REQUEST_TIMEOUT = 3  # seconds; the default is too long for a test
 
 
@@ -146,6 +147,9 @@ class AttachTest(unittest.TestCase):
         self.assertEqual(self.sh(f"{BIN}/blockdev --getsize64 --getss {device}").split(), [str(64 * MIB), "512"])
         self.assertEqual(self.sh(f"ls -d /sys/block/{device[5:]}/mq/* | wc -l"), "2")
         self.assertEqual(self.vmferry("volume show vda")["connections"], 2)
+        # PR_SET_IO_FLUSHER: without it the daemon may wait for its own device when memory is short.
+        flags = int(self.sh("cut -d' ' -f9 /proc/$(cat /tmp/a.pid)/stat"))
+        self.assertEqual(flags & PF_MEMALLOC_NOIO, PF_MEMALLOC_NOIO)
         self.sh(f"mkfs.ext4 -q {device} && mount {device} /mnt")
         self.start_fio("/mnt/load", "--fsync=16", rate=300)
         error, output = self.fio_status()

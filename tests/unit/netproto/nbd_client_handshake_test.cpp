@@ -63,7 +63,8 @@ TEST(NbdClientHandshake, AgreesWithOurServer) {
   server.greet(to_client);
   while (!client.is_final() && !to_client.empty()) {
     Bytes to_server;
-    EXPECT_EQ(client.feed(std::exchange(to_client, {}), to_server), client.is_final() ? to_server.size() + 52 : 18U);
+    const Bytes said = std::exchange(to_client, {});
+    EXPECT_EQ(client.feed(said, to_server), said.size());
     server.feed(to_server, to_client);
   }
   ASSERT_EQ(client.state(), State::Transmission) << client.reason();
@@ -161,7 +162,7 @@ INSTANTIATE_TEST_SUITE_P(
                       Lie{"NoFlags", greeting() + reply(3, export_info(4096, kSendFlush)), "HAS_FLAGS"},
                       Lie{"UnknownType", greeting() + reply(2), "unknown type 2"},
                       Lie{"ErrorWithForeignText", greeting() + reply(0x80000002, {'a', '\n', '\'', 0x1b}),
-                          "refused by policy: a???"},
+                          "refused by policy: a?'?"},
                       Lie{"TlsRequired", greeting() + reply(0x80000005), "requires TLS"}),
     [](const auto& info) { return std::string(info.param.name); });
 
