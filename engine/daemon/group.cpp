@@ -501,7 +501,10 @@ void Group::handle_reject(ByteSpan payload) {
       reject ? Error{reject->kind, fmt::format("peer '{}' refuses: {}", record_.peer, reject->reason)} : reject.error();
   log::warn("volume={} {}", record_.members.front(), error.text);
   note_refusal(error);
-  if (sender_ != nullptr) sender_->on_disconnected();
+  if (sender_ != nullptr) {
+    sender_->cancel_verify(error);  // it may be what was refused, and is not told that a connection was lost
+    sender_->on_disconnected();
+  }
   if (receiver_open_) receiver_->on_disconnected();
   finish_accept(tl::unexpected(error));
 }

@@ -26,6 +26,7 @@ class RecordingChannel final : public GroupChannel {
  public:
   explicit RecordingChannel(std::vector<Sent>& sent) : sent_(sent) {}
   bool connected() const override { return true; }
+  bool peer_has(uint64_t) const override { return true; }
   void send(TrafficClass, MessageType type, Bytes payload) override { sent_.push_back({type, std::move(payload)}); }
   uint64_t queued_bytes(TrafficClass) const override { return 0; }
   uint64_t queue_limit(TrafficClass) const override { return 1U << 20; }
