@@ -10,7 +10,7 @@ import nbd
 from daemon_support import MIB, DaemonCase, digest, new_address, pair, run, wait_until
 
 
-class FailedVolumes(DaemonCase):
+class FailedVolumeCase(DaemonCase):
     def failed(self, daemon, volume: str, *texts: str) -> str:
         """The reason, after every place was looked at where an operator may look."""
         listed = {v["name"]: v for v in daemon.vmferry("volume", "list")["volumes"]}[volume]
@@ -31,6 +31,8 @@ class FailedVolumes(DaemonCase):
     def retry(self, daemon, volume: str, path, *more: str) -> dict:
         return daemon.vmferry("volume", "add", ",".join([f"name={volume}", f"path={path}", *more]))
 
+
+class FailedVolumes(FailedVolumeCase):
     def test_one_missing_file_does_not_stop_the_others_and_is_taken_back_without_a_restart(self):
         # A mount that is late took the disks of every other guest down with it.
         images = {v: self.image(f"{v}.img", 4 * MIB, data=MIB) for v in ("vda", "vdb", "vdc")}
@@ -231,7 +233,7 @@ class FailedVolumes(DaemonCase):
                         path.rmdir() if path.is_dir() else path.unlink()
 
 
-class StagingArea(FailedVolumes):
+class StagingArea(FailedVolumeCase):
     """groups/ID.staging: made on behalf of a peer, whose group it is."""
 
     def staging(self, daemon):
@@ -280,8 +282,10 @@ class StagingArea(FailedVolumes):
         # Back in its place, all goes on as before.
         staging.unlink()
         elsewhere.rename(staging)
-        wait_until(lambda: b.volume_status("vda").get("state") == "ready" and b.replication("vda")["state"] == "in-sync",
-                   20, "the copy is taken back")
+        def followed() -> bool:
+            copies = b.vmferry("replicate", "status")["volumes"]
+            return any((v["name"], v["state"]) == ("vda", "in-sync") for v in copies)
+        wait_until(followed, 30, "the copy is taken back")
 
 
 if __name__ == "__main__":

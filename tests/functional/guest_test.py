@@ -393,6 +393,7 @@ class MigrationTest(InFolder):
                 collector.wait_for("AW", since=resumed, pid=target.pid, timeout=20)
                 pages, bad = target.verify_memory()
                 wait_until(lambda: collector.acknowledged_bytes() > 1100 * RECORD, 60, "records")
+                wait_until(lambda: collector.heartbeats()[-1][0] > resumed + 1, 60, "a second of beats")
                 target.stop_load()
                 gap = collector.largest_gap(begin, resumed + 1)
             print(f"migration: {total:.2f} s, heartbeat gap {gap.seconds * 1000:.0f} ms, {pages} pages verified")

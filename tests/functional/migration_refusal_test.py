@@ -62,6 +62,8 @@ class RefusalTest(MigrationCase):
         # A script that reads "running-source" at the copy, or of a guest that is paused, acts on the wrong host.
         with self.lab(disk_size="64M", fill=None, workload=IDLE) as lab:
             guest = lab.start_guest("a")
+            for words in (("start", "vda", "--peer", "b"), ("wait", "vda")):  # a copy that never heard of its primary knows no owner
+                lab.daemons["a"].vmferry("replicate", *words)
             for state, place in (("running", "running-peer"), ("paused", "unknown")):
                 if state == "paused":
                     guest.qmp.command("stop")

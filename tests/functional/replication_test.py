@@ -114,7 +114,7 @@ class ReplicationCommands(DaemonCase):
             self.assertEqual(waiting.returncode, 0, stderr)
             self.assertEqual(json.loads(stdout)["state"], state)
             if state == "paused":
-                self.assertIn("not initial after 1 s", self.refused(a, "replicate", "wait", "vda", "--state", "initial", "--timeout", "1s"))
+                self.assertIn("not initial after 1.0 s", self.refused(a, "replicate", "wait", "vda", "--state", "initial", "--timeout", "1s"))
                 a.vmferry("replicate", "resume", "vda")
                 self.in_sync(a)
 

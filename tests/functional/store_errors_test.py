@@ -155,7 +155,7 @@ class BlockDevices(StoreErrorCase):
                 a, path = self.served(device, cache)
                 shown = a.vmferry("volume", "show", "vda")
                 self.assertEqual((shown["size"], shown["path"]), (16 * MIB, device))
-                self.assertIn("already served", self.refused(
+                self.assertIn("in use", self.refused(
                     self.daemon(f"other-{cache}"), "volume", "add", f"name=vda,path={device}"))
                 self.qemu_io(path, "write -P 0x5a 4M 1M", "write -f -P 0x5b 5000 300", "write -z 8M 1M", "discard 9M 1M",
                              "flush", "read -P 0x5a 4M 1M", "read -P 0x5b 5000 300", "read -P 0 8M 1M")
@@ -216,6 +216,7 @@ class BlockDevices(StoreErrorCase):
         self.assertEqual(client.pread(MIB, 0), b"a" * MIB)
         self.assertEqual(a.volume_status("vda")["state"], "ready")
         self.wait_log(a, device)
+        self.assertEqual(a.stop(), 1, "nor does the end of the daemon claim that all is well")
 
 
 class Engines(DaemonCase):

@@ -55,14 +55,14 @@ Oracle::Branch& Oracle::branch(const Host& host) {
 
 void Oracle::became_primary(Host& host, bool by_promotion, bool forced) {
   holder_ = &host;
+  promoted_content_ = content_of(host);
+  promoted_not_before_ = copies_[host.index()].acknowledged_before_at;
   if (!by_promotion || forked()) return;
   if (!forced) {
     // The other side confirmed its fence: everything that it acknowledged is durable here.
     for (DiskModel& disk : branch(host).disks) disk.handed_over();
     return;
   }
-  promoted_content_ = content_of(host);
-  promoted_not_before_ = copies_[host.index()].acknowledged_before_at;
   Branch& fork = branches_.emplace_back(branch(host));
   branch_of_[host.index()] = &fork;
   fork.last_host = nullptr;

@@ -109,7 +109,7 @@ class Oracle {
   bool source_held(const Host& copy, uint64_t content, Nanoseconds since) const;
   void check_moment(const Host& copy, const std::string& said, uint64_t content, Nanoseconds since);
   std::array<Past, 2> pasts_;
-  uint64_t promoted_content_ = 0;        // of the last promotion by force, before its guest
+  uint64_t promoted_content_ = 0;        // what the newest primary held when it became one
   Nanoseconds promoted_not_before_ = 0;  // its epoch was sealed
   uint64_t final_epoch_ = 0;
   Id128 final_attempt_{};

@@ -49,10 +49,8 @@ TEST(Coordinator, PhaseIsToldAtBothSidesAndAfterARestart) {
   const auto phase = [](Host& host) { return host.daemon->coordinator->phase(); };
   EXPECT_EQ(phase(world.source()), MigratePhase::Idle);
   world.migrate();
-  ASSERT_TRUE(world.run_until([&] { return world.state(world.peer()) == HandoverState::Prepared; }));
-  world.run_for(100 * kMillisecond);
+  ASSERT_TRUE(world.run_until([&] { return phase(world.peer()) == MigratePhase::Precopy; }));
   EXPECT_EQ(phase(world.source()), MigratePhase::Precopy);
-  EXPECT_EQ(phase(world.peer()), MigratePhase::Precopy);
   ASSERT_TRUE(world.run_until([&] { return phase(world.peer()) == MigratePhase::Switchover; }));
   EXPECT_EQ(phase(world.source()), MigratePhase::Switchover);
   ASSERT_TRUE(world.run_until([&] { return phase(world.peer()) == MigratePhase::Handover; }));
@@ -62,7 +60,8 @@ TEST(Coordinator, PhaseIsToldAtBothSidesAndAfterARestart) {
   EXPECT_EQ(phase(world.source()), MigratePhase::Handover);
   world.connect();
   ASSERT_TRUE(world.run_until([&] { return world.state(world.source()) == HandoverState::Secondary; }));
-  EXPECT_EQ(phase(world.source()), MigratePhase::Idle);
+  // The record is durable a moment before the coordinator acts on it.
+  EXPECT_TRUE(world.run_until([&] { return phase(world.source()) == MigratePhase::Idle; }));
   EXPECT_EQ(phase(world.peer()), MigratePhase::Idle);
 }
 
